@@ -1,0 +1,463 @@
+"""Convert the preprocessed output of FuxiCTR to the parquet dataset that deepfm_train_eval.py reads.
+
+    python tools/h5_to_parquet.py --input_dir=criteo_x4/criteo_x4_001 --output_dir=deepfm_parquet \\
+        --spark_tmp_dir=/tmp/scratch --export_dataset_info
+
+Reads every generation of FuxiCTR files, recognised by what is in them:
+
+    1.0-1.2  train.h5 or train_part_N.h5         one 2-D float64 table, columns by index, label last
+    2.0-2.1  train.h5 or train/part_N.h5         one 1-D dataset per column
+    2.2      train.npz or train/part_N.npz       one array per column
+    2.3      train.parquet or train/part_N.parquet (2.3.0: a parquet file called `train`)
+
+and the same for valid and test, beside feature_map.json. Any data set of categorical features will do. Every id gets
+its field's offset (running sum of vocab_size), val and test keep their row order, train is shuffled with --seed.
+Files are read in slices, so memory does not grow with their size. Spark is not needed.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import zipfile
+import zlib
+from collections import namedtuple
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from parquet_common import (
+    LABEL,
+    DataError,
+    Progress,
+    RowSpool,
+    SplitWriter,
+    add_common_options,
+    dataset_info,
+    id_dtype,
+    make_fields,
+    published_folder,
+    run_tool,
+    scratch_folder,
+    write_info,
+)
+
+FILE_NAMES = {"train": ["train"], "val": ["valid", "val"], "test": ["test"]}  # of each split
+MAGIC = {b"\x89HDF": "h5", b"PK\x03\x04": "npz", b"PAR1": "parquet"}
+CHUNK_ROWS = 65536  # rows read at a time: 21 MB for 39 int64 columns and a label
+MAX_BUCKET_BYTES = 256 * 2**20  # larger buckets of the shuffle only make it slower
+
+FeatureMap = namedtuple("FeatureMap", "path fields vocab_sizes label skipped shared by_name")
+FeatureMap.__doc__ = """What feature_map.json says.
+
+fields: names in order; vocab_sizes: int per field; label: column name, None in 1.x where it is the last column;
+skipped: columns that are not model inputs (type meta); shared: fields that share a table in FuxiCTR;
+by_name: True for 2.x (columns have names), False for 1.x (columns have positions).
+"""
+Part = namedtuple("Part", "path kind num_rows")
+
+
+# --- what is in the folder -----------------------------------------------------------------------------------------
+
+def find_data_dir(input_dir):
+    """Folder that holds feature_map.json: `input_dir` itself or one folder below it (FuxiCTR's dataset_id folder)."""
+    if not os.path.isdir(input_dir):
+        raise DataError(f"--input_dir {input_dir} is not a folder; give the folder that FuxiCTR wrote")
+    below = sorted(entry.path for entry in os.scandir(input_dir) if entry.is_dir())
+    found = [folder for folder in [input_dir] + below if os.path.isfile(os.path.join(folder, "feature_map.json"))]
+    if not found:
+        raise DataError(f"no feature_map.json in {input_dir} or one folder below; "
+                                "expected it beside the files that FuxiCTR's preprocessing wrote")
+    if found[0] != input_dir and len(found) > 1:
+        raise DataError(f"{len(found)} data sets below {input_dir}: {', '.join(map(os.path.basename, found))}; "
+                         "give the folder of one of them as --input_dir")
+    return found[0]
+
+
+def read_feature_map(path, label=None):
+    """FeatureMap of a feature_map.json, both styles. DataError says what is wrong."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}); run FuxiCTR's preprocessing again") from None
+    if not isinstance(content, dict) or ("feature_specs" in content) == ("features" in content):
+        raise DataError(f"{path} is of no known FuxiCTR version; expected either the key `feature_specs` (1.x) "
+                         "or the key `features` (2.x)")
+    by_name = "features" in content
+    if by_name:
+        specs = [item for feature in content["features"] for item in feature.items()]
+        label = choose_label(path, content.get("labels", []), label)
+    else:
+        specs = in_index_order(path, content["feature_specs"])
+        if label is not None:
+            raise DataError(f"--label {label} was given, but {path} is of FuxiCTR 1.x, which knows one label only; "
+                             "leave --label out")
+    check_features(path, specs)
+    fields = [(name, spec) for name, spec in specs if spec["type"] == "categorical"]
+    return FeatureMap(path, [name for name, _ in fields], [spec["vocab_size"] for _, spec in fields], label,
+                      [name for name, spec in specs if spec["type"] == "meta"],
+                      [name for name, spec in fields if "share_embedding" in spec], by_name)
+
+
+def choose_label(path, labels, wanted):
+    if wanted is not None and wanted not in labels:
+        raise DataError(f"--label {wanted} is not a label in {path}; expected one of {', '.join(labels)}")
+    if wanted is None and len(labels) != 1:
+        raise DataError(f"{path} has {len(labels)} labels ({', '.join(labels)}), expected 1; choose one with --label")
+    return labels[0] if wanted is None else wanted
+
+
+def in_index_order(path, specs):
+    """1.x features sorted by their column in the 2-D table; a sequence owns a list of columns."""
+    def columns(spec):
+        index = spec.get("index")
+        return index if isinstance(index, list) else [index]
+    used = [column for spec in specs.values() for column in columns(spec)]
+    if not all(isinstance(column, int) for column in used) or sorted(used) != list(range(len(used))):
+        raise DataError(f"{path}: the feature indexes are not 0..{len(used) - 1}, each once; "
+                         "run FuxiCTR's preprocessing again")
+    return sorted(specs.items(), key=lambda item: columns(item[1])[0])
+
+
+def check_features(path, specs):
+    """Refuse features that are not a single id per row, and ids without a vocabulary size."""
+    names = [name for name, _ in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: feature {twice[0]} is listed twice; expected every feature once")
+    refused = [f"{name} ({spec.get('type')})" for name, spec in specs
+               if spec.get("type") not in ("categorical", "meta")]
+    if refused:
+        raise DataError(f"{path}: {', '.join(refused)}: expected categorical features only, one id per row; "
+                         "make them categorical (numbers: bucketed) or inactive in FuxiCTR's dataset_config")
+    sizes = {name: spec.get("vocab_size") for name, spec in specs if spec["type"] == "categorical"}
+    if LABEL in sizes:
+        raise DataError(f"{path} has a feature called {LABEL}, which is the name of the label column here; rename it")
+    if not sizes:
+        raise DataError(f"{path} names no categorical feature; expected at least one")
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise DataError(f"{path}: feature {name} has vocab_size {size}, expected a whole number above 0")
+
+
+def file_kind(path):
+    """h5, npz or parquet by the first bytes; None for other files. An .h5 that is not one is an error."""
+    with open(path, "rb") as file:
+        kind = MAGIC.get(file.read(4))
+    extension = os.path.splitext(path)[1][1:]
+    if kind is None and extension in MAGIC.values():
+        raise DataError(f"{path} is not a {extension} file (damaged, or a Git LFS pointer); make or fetch it again")
+    return kind
+
+
+def natural_key(path):
+    """Sorts part_10 after part_9."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", os.path.basename(path))]
+
+
+def data_files(folder, pattern):
+    """Data files in `folder` whose name without extension matches `pattern`, part_10 after part_9."""
+    return sorted((entry.path for entry in os.scandir(folder)
+                   if entry.is_file() and re.fullmatch(pattern, os.path.splitext(entry.name)[0])
+                   and file_kind(entry.path)), key=natural_key)
+
+
+def find_split(folder, split):
+    """Files of one split in reading order: one file, or the numbered parts. Errors when none or when ambiguous."""
+    choices = []
+    for name in FILE_NAMES[split]:
+        choices += [[path] for path in data_files(folder, name)]
+        choices.append(data_files(folder, rf"{name}_part_\d+"))
+        if os.path.isdir(os.path.join(folder, name)):
+            choices.append(data_files(os.path.join(folder, name), r".*"))
+    if not any(choices):  # FuxiCTR 1.0 names its files after the csv files: train_sample.h5
+        choices = [[path] for name in FILE_NAMES[split] for path in data_files(folder, rf"{name}[_-].*")]
+    choices = [choice for choice in choices if choice]
+    if not choices:
+        name = FILE_NAMES[split][0]
+        raise DataError(f"no {name} split in {folder}; expected {name}.h5, .npz or .parquet, {name}_part_N.h5 "
+                                f"or {name}/part_N.*; the trainer needs train, val and test: give FuxiCTR all three")
+    if len(choices) > 1:
+        raise DataError(f"more than one {split} split in {folder} ({' and '.join(choice[0] for choice in choices)}); "
+                         "remove the one that is out of date")
+    check_part_numbers(choices[0])
+    return choices[0]
+
+
+def check_part_numbers(paths):
+    """A hole in FuxiCTR's numbering (part_0, part_1, ...) means that rows are missing."""
+    numbers = [re.search(r"part_(\d+)\.", path) for path in paths if len(paths) > 1]
+    if numbers and all(numbers):
+        missing = sorted(set(range(len(paths))) - {int(number.group(1)) for number in numbers})
+        if missing:
+            raise DataError(f"part_{missing[0]} is missing in {os.path.dirname(paths[0])} ({len(paths)} parts found, "
+                             f"the last is {os.path.basename(paths[-1])}); run FuxiCTR's preprocessing again")
+
+
+# --- the columns of a file ------------------------------------------------------------------------------------------
+
+def inspect_part(path, feature_map):
+    """Part of one file after a check of its columns, without reading them; DataError names file and column."""
+    kind = file_kind(path)
+    if (kind, feature_map.by_name) not in VERSIONS:
+        raise DataError(f"{path} is a {kind} file, but feature_map.json is of FuxiCTR 1.x, which writes h5; "
+                        "they are not of one run: run FuxiCTR's preprocessing again")
+    try:
+        columns = COLUMNS[kind](path, feature_map)
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
+    wanted = column_names(feature_map)
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]} ({len(missing)} of {len(wanted)} columns are missing); "
+                        "expected the label and all features of feature_map.json")
+    (num_rows, *_), _ = columns[wanted[0]]
+    for name in wanted:
+        shape, dtype = columns[name]
+        if shape != (num_rows,):
+            raise DataError(f"{path}: column {name} has shape {shape}, expected ({num_rows},) like {wanted[0]}")
+        if dtype.kind not in "iufb":
+            raise DataError(f"{path}: column {name} has values of type {dtype}, expected numbers")
+    return Part(path, kind, num_rows)
+
+
+def unreadable(path, error):
+    text = " ".join(str(error).split())
+    return DataError(f"{path} cannot be read ({text}); it may be cut short or damaged: make or fetch it again")
+
+
+def column_names(feature_map):
+    """Columns of a file in the order in which the readers give them: the label, then the fields."""
+    return [feature_map.label, *feature_map.fields]
+
+
+def h5_columns(path, feature_map):
+    """{column: (shape, dtype)} of an h5 file; the 2-D table of 1.x appears as its columns."""
+    with h5py.File(path, "r") as file:
+        if feature_map.by_name:
+            return {name: (file[name].shape, file[name].dtype) for name in column_names(feature_map) if name in file}
+        shapes = {name: data.shape for name, data in file.items() if isinstance(data, h5py.Dataset)}
+        if [len(shape) for shape in shapes.values()] != [2]:
+            raise DataError(f"{path} holds the columns {', '.join(file)}; expected one 2-D table, because "
+                            "feature_map.json is of FuxiCTR 1.x: run FuxiCTR's preprocessing again")
+        (name, (num_rows, width)), = shapes.items()
+        names = column_names(feature_map)
+        if width != len(names):
+            raise DataError(f"{path}: the table `{name}` has {width} columns, expected {len(names)} "
+                            f"({len(names) - 1} features of feature_map.json and the label)")
+        return {column: ((num_rows,), file[name].dtype) for column in names}
+
+
+def npz_columns(path, feature_map):
+    with zipfile.ZipFile(path) as archive:
+        members = set(archive.namelist())
+        columns = {}
+        for name in column_names(feature_map):
+            if name + ".npy" in members:
+                with archive.open(name + ".npy") as stream:
+                    columns[name] = npy_header(stream)
+        return columns
+
+
+def npy_header(stream):
+    """(shape, dtype) from the head of an .npy stream; leaves the stream at the first value."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    return shape, dtype
+
+
+def parquet_columns(path, feature_map):
+    file = pq.ParquetFile(path)
+    types = {field.name: field.type for field in file.schema_arrow}
+    return {name: ((file.metadata.num_rows,), arrow_dtype(types[name]))
+            for name in column_names(feature_map) if name in types}
+
+
+def arrow_dtype(arrow_type):
+    try:
+        return np.dtype(arrow_type.to_pandas_dtype())
+    except (NotImplementedError, TypeError):
+        return np.dtype(object)
+
+
+# --- reading: blocks of rows, each a list of 1-D arrays in the order of column_names ---------------------------------
+
+def read_part(part, feature_map):
+    """Yield (first row, block) over one file; DataError when it is damaged or not as long as it said."""
+    start = 0
+    try:
+        for block in READERS[part.kind](part.path, feature_map):
+            yield start, block
+            start += len(block[0])
+    except READ_ERRORS as error:
+        raise unreadable(part.path, error) from None
+    if start != part.num_rows:
+        raise DataError(f"{part.path} gave {start} rows, expected {part.num_rows}; is another program writing to it?")
+
+
+def read_h5(path, feature_map):
+    with h5py.File(path, "r") as file:
+        if feature_map.by_name:
+            data = [file[name] for name in column_names(feature_map)]
+            for start in range(0, len(data[0]), CHUNK_ROWS):
+                yield [column[start:start + CHUNK_ROWS] for column in data]
+        else:
+            table, = file.values()
+            for start in range(0, len(table), CHUNK_ROWS):
+                columns = np.ascontiguousarray(table[start:start + CHUNK_ROWS].T)
+                yield [columns[-1], *columns[:-1]]
+
+
+def read_npz(path, feature_map):
+    """np.load would read whole columns; this reads all columns side by side, a slice at a time."""
+    with zipfile.ZipFile(path) as archive, ExitStack() as stack:
+        streams = [stack.enter_context(archive.open(name + ".npy")) for name in column_names(feature_map)]
+        headers = [npy_header(stream) for stream in streams]
+        (num_rows,), _ = headers[0]
+        for start in range(0, num_rows, CHUNK_ROWS):
+            count = min(CHUNK_ROWS, num_rows - start)
+            yield [np.frombuffer(stream.read(count * dtype.itemsize), dtype, count)
+                   for stream, (_, dtype) in zip(streams, headers)]
+
+
+def read_parquet(path, feature_map):
+    names = column_names(feature_map)
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=CHUNK_ROWS, columns=names):
+        yield [batch.column(name).to_numpy(zero_copy_only=False) for name in names]  # an empty value becomes NaN
+
+
+COLUMNS = {"h5": h5_columns, "npz": npz_columns, "parquet": parquet_columns}
+READERS = {"h5": read_h5, "npz": read_npz, "parquet": read_parquet}
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
+VERSIONS = {("h5", False): "1.0-1.2", ("h5", True): "2.0-2.1", ("npz", True): "2.2", ("parquet", True): "2.3"}
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+def to_ids(values, vocab_size, dtype, place):
+    """Ids as FuxiCTR stores them (whole numbers of any type) as `dtype`.
+
+    Args:   values: 1-D array; place: (path, field, first row of the block), for the message.
+    Errors: DataError with the first value that is not whole or not in 0..vocab_size-1.
+    """
+    if len(values) == 0:
+        return values.astype(dtype)
+    if values.min() >= 0 and values.max() < vocab_size:  # both False when there is a NaN
+        ids = values.astype(dtype)
+        if values.dtype.kind != "f" or np.array_equal(ids, values):
+            return ids
+    bad = ~((values >= 0) & (values < vocab_size) & (values == np.floor(values)))
+    raise bad_value(values, bad, place, f"a whole number from 0 to {vocab_size - 1} (vocab_size {vocab_size})")
+
+
+def to_labels(values, place):
+    bad = ~((values == 0) | (values == 1))
+    if bad.any():
+        raise bad_value(values, bad, place, "0 or 1")
+    return values.astype(np.float32)
+
+
+def bad_value(values, bad, place, expected):
+    path, name, start = place
+    row = int(np.flatnonzero(bad)[0])
+    return DataError(f"{path}: row {start + row} (counted from 0): {name} is {values[row]}, expected {expected}; "
+                     "this file and feature_map.json are not of one FuxiCTR run, or it is damaged")
+
+
+# --- converting ------------------------------------------------------------------------------------------------------
+
+def checked_blocks(parts, feature_map, dtype):
+    """Yield (labels, list of local ids per field) over the files of a split, in order."""
+    for part in parts:
+        for start, (labels, *columns) in read_part(part, feature_map):
+            ids = [to_ids(values, size, dtype, (part.path, name, start))
+                   for values, name, size in zip(columns, feature_map.fields, feature_map.vocab_sizes)]
+            yield to_labels(labels, (part.path, feature_map.label or "the label", start)), ids
+
+
+def shuffled_blocks(blocks, num_rows, folder, memory_bytes, seed, dtype, num_fields):
+    """The same rows in a seeded order, through files in `folder`."""
+    row_dtype = np.dtype([("label", np.float32), ("ids", dtype, (num_fields,))])
+    spool = RowSpool(folder, row_dtype, num_rows, memory_bytes, seed)
+    for labels, ids in blocks:
+        rows = np.empty(len(labels), row_dtype)
+        rows["label"] = labels
+        rows["ids"] = np.stack(ids, axis=1)
+        spool.append(rows)
+    for rows in spool.read():
+        yield rows["label"], rows["ids"].T
+
+
+def convert_split(split, parts, feature_map, fields, folder, scratch, args):
+    """Write one split; returns its number of rows."""
+    num_rows = sum(part.num_rows for part in parts)
+    dtype = id_dtype(fields)
+    blocks = checked_blocks(parts, feature_map, dtype)
+    if split == "train":
+        memory_bytes = min(int(args.memory_gb * 2**30 / 4), MAX_BUCKET_BYTES)
+        blocks = shuffled_blocks(blocks, num_rows, scratch / split, memory_bytes, args.seed, dtype, len(fields))
+    with Progress(split, num_rows) as progress, SplitWriter(folder, split, fields, num_rows) as writer:
+        for labels, ids in blocks:
+            writer.write(labels, ids)
+            progress.update(len(labels))
+    return num_rows
+
+
+def inspect_input(input_dir, label):
+    """(FeatureMap, {split: list of Part}, FuxiCTR version) of a folder, all checked except the values."""
+    folder = find_data_dir(input_dir)
+    feature_map = read_feature_map(os.path.join(folder, "feature_map.json"), label)
+    splits = {split: [inspect_part(path, feature_map) for path in find_split(folder, split)] for split in FILE_NAMES}
+    kinds = {part.kind: part.path for parts in splits.values() for part in parts}
+    if len(kinds) > 1:
+        raise DataError(f"files of different FuxiCTR versions ({', '.join(kinds.values())}); keep those of one run")
+    for split, parts in splits.items():
+        if not any(part.num_rows for part in parts):
+            raise DataError(f"the {split} split ({parts[0].path}) has no rows; run FuxiCTR's preprocessing again")
+    version = VERSIONS[parts[0].kind, feature_map.by_name]
+    print(f"{folder}: FuxiCTR {version} output, {len(feature_map.fields)} fields")
+    for split, parts in splits.items():
+        files = parts[0].path if len(parts) == 1 else f"{len(parts)} files, {parts[0].path} to {parts[-1].path}"
+        print(f"{split}: {sum(part.num_rows for part in parts)} rows in {files}")
+    if feature_map.skipped:
+        print(f"left out, because meta columns are no model input: {', '.join(feature_map.skipped)}")
+    if feature_map.shared:
+        print(f"given tables of their own (shared in FuxiCTR): {', '.join(feature_map.shared)}", flush=True)
+    return feature_map, splits, version
+
+
+def convert(args):
+    feature_map, splits, version = inspect_input(args.input_dir, args.label)
+    data_dir = Path(feature_map.path).resolve().parent
+    if Path(args.output_dir).resolve() in [data_dir, *data_dir.parents]:
+        raise DataError(f"--output_dir {args.output_dir} holds the input; choose another folder")
+    fields = make_fields(feature_map.fields, feature_map.vocab_sizes)
+    with published_folder(args.output_dir, args.overwrite) as folder, \
+            scratch_folder(args.spark_tmp_dir, folder) as scratch:
+        num_samples = {split: convert_split(split, parts, feature_map, fields, folder, scratch, args)
+                       for split, parts in splits.items()}
+        options = {"input_dir": args.input_dir, "label": feature_map.label or "last column", "seed": args.seed}
+        info = dataset_info(fields, num_samples, {"tool": "tools/h5_to_parquet.py", "options": options,
+                                                  "encoding": f"FuxiCTR {version}"})
+        write_info(folder, info, show=args.export_dataset_info)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_common_options(parser, "folder that FuxiCTR wrote, with feature_map.json in it or one folder below")
+    parser.add_argument("--label", help="label column, for FuxiCTR data with several; default: the only one")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return run_tool(lambda: convert(args), args.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

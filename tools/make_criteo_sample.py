@@ -11,9 +11,9 @@ Writes to --output_dir:
 `tools/criteo_parquet.py` splits such a file 80/10/10, so the default gives 200,000 train and 25,000 val and test rows.
 
 The columns have skewed (Zipf, log-normal) values, and cardinalities and missing values roughly like Criteo's. Labels
-are drawn from a planted model on the logit scale: a first-order part, and a pairwise part, the inner product of a
-factor summed over user fields (I1..I13, C1..C9) with one summed over ad fields (C10..C26). A linear model cannot see
-the pairwise part. Only integers and frequent tokens have an effect, so a few hundred thousand rows are enough.
+are drawn from a planted model on the logit scale: a first-order part over all fields, and a pairwise part, the inner
+product of a factor summed over user fields (C6, C9) with one summed over ad fields (C17, C23), that a linear model
+cannot see. Only integers and frequent tokens have an effect, so a few hundred thousand rows are enough to learn it.
 
 Row i depends on --seed and i only: a larger sample starts with the rows of a smaller one.
 """
@@ -25,10 +25,10 @@ import sys
 import numpy as np
 
 BLOCK_ROWS = 50_000  # rows per random stream; another value gives other rows
-NUM_FACTORS = 3  # rank of the planted pairwise part
+NUM_FACTORS = 2  # rank of the planted pairwise part
 HEAD_TOKENS = 64  # tokens of a field that have an effect, the most frequent ones
-FIRST_ORDER_STD = 1.1  # logits
-PAIRWISE_STD = 0.9  # logits
+FIRST_ORDER_STD = 1.15  # logits
+PAIRWISE_STD = 1.2  # logits
 POSITIVE_RATE = 0.25
 MAX_INTEGER = 999_999
 AUC_BINS = 100_000
@@ -49,7 +49,8 @@ TOKENS = (
     (11, 0.9, None), (5653, 1.15, None), (2173, 1.4, "g"), (4, 0.6, "g"), (7_046_547, 1.15, "e"), (18, 1.3, "h"),
     (16, 1.1, None), (286_181, 1.2, "e"), (105, 1.3, "g"), (142_572, 1.2, "g"),
 )  # fmt: skip
-NUM_USER_TOKENS = 9  # C1..C9 belong to the user's side of the pairwise part, with the integers
+# fields of the pairwise part, C1 is 0: few tokens each, so that every pair of tokens is seen many times
+USER_FIELDS, AD_FIELDS = (5, 8), (16, 22)
 
 
 def draw_integers(rng, num_rows, missing):
@@ -97,53 +98,60 @@ class PlantedModel:
 
     def __init__(self, seed):
         rng = np.random.default_rng([seed, 0])
-        # column 0: first-order weight, the others: pairwise factors
-        self.integer_effects = rng.standard_normal((len(INTEGERS), 1 + NUM_FACTORS), dtype=np.float32)
-        self.token_effects = rng.standard_normal((len(TOKENS), HEAD_TOKENS + 1, 1 + NUM_FACTORS), dtype=np.float32)
-        self.token_effects[:, HEAD_TOKENS] = 0.0
+        self.integer_weights = rng.standard_normal(len(INTEGERS), dtype=np.float32)
+        self.token_weights = rng.standard_normal((len(TOKENS), HEAD_TOKENS + 1), dtype=np.float32)
+        self.token_factors = rng.standard_normal((len(TOKENS), HEAD_TOKENS + 1, NUM_FACTORS), dtype=np.float32)
+        self.token_weights[:, HEAD_TOKENS] = 0.0
+        self.token_factors[:, HEAD_TOKENS] = 0.0
         self._calibrate(draw_columns(np.random.default_rng([seed, 1]), BLOCK_ROWS))
 
-    def _sums(self, columns):
-        """Sum the effects of both sides. Returns: float32 arrays (rows, 1 + NUM_FACTORS) for users and for ads."""
-        integers, integer_missing, ranks, rank_missing = columns
-        user = np.zeros((len(integers[0]), 1 + NUM_FACTORS), dtype=np.float32)
-        ad = np.zeros_like(user)
-        for f, (values, missing) in enumerate(zip(integers, integer_missing)):
-            mean, std = INTEGERS[f][:2]
-            present = np.maximum(values, 0) if missing is None else np.where(missing, 0, np.maximum(values, 0))
-            level = (np.log1p(present.astype(np.float32)) - mean) / std
-            user += level[:, None] * self.integer_effects[f]
-        for f, (rank, missing) in enumerate(zip(ranks, rank_missing)):
-            head = np.minimum(rank, HEAD_TOKENS)
-            head = head if missing is None else np.where(missing, HEAD_TOKENS, head)
-            side = user if f < NUM_USER_TOKENS else ad
-            side += self.token_effects[f][head]
-        return user, ad
+    def _first_order(self, integers, integer_missing, tokens):
+        """Sum of the weights of all fields: float32 (rows,)."""
+        total = np.zeros(len(tokens[0]), dtype=np.float32)
+        for values, missing, weight, (mean, std, _, _) in zip(
+            integers, integer_missing, self.integer_weights, INTEGERS
+        ):
+            counts = np.maximum(values, 0) if missing is None else np.where(missing, 0, np.maximum(values, 0))
+            total += weight * (np.log1p(counts, dtype=np.float32) - mean) / std
+        for weights, token in zip(self.token_weights, tokens):
+            total += weights[token]
+        return total
 
-    def _calibrate(self, columns):
-        """Centre the factors, so that the pairwise part has no linear share, and set scales and the intercept."""
-        self.user_mean, self.ad_mean, self.scales, self.intercept = 0.0, 0.0, np.ones(2, dtype=np.float32), 0.0
-        user, ad = self._sums(columns)
-        self.user_mean, self.ad_mean = user.mean(axis=0), ad.mean(axis=0)
-        parts = self._parts(columns)
-        self.scales = np.float32([FIRST_ORDER_STD, PAIRWISE_STD]) / parts.std(axis=0)
-        logits = self.logits(columns)
-        low, high = -20.0, 20.0
-        for _ in range(40):  # bisection: the rate of positives grows with the intercept
-            self.intercept = (low + high) / 2
-            too_many = sigmoid(logits + self.intercept).mean() > POSITIVE_RATE
-            low, high = (low, self.intercept) if too_many else (self.intercept, high)
+    def _factor_sum(self, tokens, fields):
+        """Sum of the factors of some fields: float32 (rows, NUM_FACTORS)."""
+        return sum(self.token_factors[field][tokens[field]] for field in fields)
 
     def _parts(self, columns):
-        """Return the unscaled first-order and pairwise parts: float32 (rows, 2)."""
-        user, ad = self._sums(columns)
-        user -= self.user_mean
-        ad -= self.ad_mean
-        return np.stack([user[:, 0] + ad[:, 0], (user[:, 1:] * ad[:, 1:]).sum(axis=1)], axis=1)
+        """Return the unscaled first-order part (rows,), and the factors of users and ads (rows, NUM_FACTORS)."""
+        integers, integer_missing, ranks, rank_missing = columns
+        tokens = [np.minimum(rank, HEAD_TOKENS) for rank in ranks]
+        for token, missing in zip(tokens, rank_missing):
+            if missing is not None:
+                token[missing] = HEAD_TOKENS
+        first_order = self._first_order(integers, integer_missing, tokens)
+        return first_order, self._factor_sum(tokens, USER_FIELDS), self._factor_sum(tokens, AD_FIELDS)
+
+    def _calibrate(self, columns):
+        """Set means, scales and the intercept from a block of rows, drawn for this only."""
+        first_order, user, ad = self._parts(columns)
+        # centred factors leave the pairwise part without a linear share
+        self.user_mean, self.ad_mean = user.mean(axis=0), ad.mean(axis=0)
+        pairwise = ((user - self.user_mean) * (ad - self.ad_mean)).sum(axis=1)
+        self.first_order_scale = np.float32(FIRST_ORDER_STD / first_order.std())
+        self.pairwise_scale = np.float32(PAIRWISE_STD / pairwise.std())
+        self.intercept = np.float32(0.0)
+        logits = self.logits(columns)
+        low, high = -50.0, 50.0
+        for _ in range(40):  # bisection: the rate of positives grows with the intercept
+            middle = (low + high) / 2
+            low, high = (low, middle) if sigmoid(logits + middle).mean() > POSITIVE_RATE else (middle, high)
+        self.intercept = np.float32(middle)
 
     def logits(self, columns):
-        """Return the true logit of each row, float32 (rows,)."""
-        return self._parts(columns) @ self.scales + np.float32(self.intercept)
+        """Return the true logit of each row: float32 (rows,)."""
+        first_order, user, ad = self._parts(columns)
+        pairwise = ((user - self.user_mean) * (ad - self.ad_mean)).sum(axis=1)
+        return self.first_order_scale * first_order + self.pairwise_scale * pairwise + self.intercept
 
 
 def sigmoid(logits):

@@ -423,9 +423,9 @@ def add_common_options(parser, input_help):
 
 
 class Progress:
-    """Progress of long work in rows: a bar on a terminal, else a log line every LOG_SECONDS."""
+    """Progress of long work in rows (total None: not known): a bar on a terminal, else a line every LOG_SECONDS."""
 
-    def __init__(self, what, total):
+    def __init__(self, what, total=None):
         self.what, self.total, self.done = what, total, 0
         self.start = self.logged = time.monotonic()
         self.bar = None
@@ -441,8 +441,8 @@ class Progress:
         elif time.monotonic() - self.logged >= LOG_SECONDS:
             self.logged = time.monotonic()
             rate = self.done / (self.logged - self.start)
-            left = (self.total - self.done) / rate if rate else 0
-            print(f"{self.what}: {self.done}/{self.total} rows, {rate:.0f} rows/s, {left:.0f} s left", flush=True)
+            left = f" of {self.total}, {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
+            print(f"{self.what}: {self.done} rows{left}, {rate:.0f} rows/s", flush=True)
 
     def __enter__(self):
         return self

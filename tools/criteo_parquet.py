@@ -841,4 +841,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import criteo_parquet  # under this name Spark's workers find the classes that are sent to them
+
+    sys.exit(criteo_parquet.main())

@@ -118,42 +118,311 @@ def expected_frame(columns):
     return pd.DataFrame(frame)
 
 
-def assert_refused(tmp_path, capsys, *pieces, options=(), code=1):
-    """One line on stderr that holds every piece, the exit code, no traceback, nothing left in the output folder."""
-    try:
-        result = convert(tmp_path, *options)
-    except SystemExit as stop:
-        result = stop.code
-    text = capsys.readouterr().err.strip().splitlines()[-1]
-    assert result == code
-    assert text.startswith("error: ") or ": error: " in text
+def assert_refused(tmp_path, capsys, *pieces, options=()):
+    """Exit code 1, one error line that holds every piece, nothing left behind."""
+    before = set(os.listdir(tmp_path)) | {"scratch"}
+    assert convert(tmp_path, *options) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
     for piece in pieces:
-        assert piece in text
-    assert not (tmp_path / "out").exists()
+        assert piece in lines[0]
+    assert set(os.listdir(tmp_path)) <= before
+    assert not any((tmp_path / "scratch").glob("*"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_rows_of_every_generation(tmp_path, form):
-    data = write_dataset(tmp_path / "in", form)
-    assert not convert(tmp_path)
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    monkeypatch.setattr(h5_to_parquet, "CHUNK_ROWS", 7)
+
+
+def assert_same_rows(tmp_path, data):
     for split, name in zip(ROWS, ("train", "val", "test")):
-        table = read_split(tmp_path, name)
-        assert table.column_names == ["Label", *VOCAB_SIZES]
-        assert table.schema.field("Label").type == pa.float32()
-        assert all(pa.types.is_integer(table.schema.field(field).type) for field in VOCAB_SIZES)
-        rows, expected = table.to_pandas(), expected_frame(data[split])
+        rows, expected = read_split(tmp_path, name).to_pandas(), expected_frame(data[split])
         if split == "train":
             assert not np.array_equal(rows["user"], expected["user"])  # shuffled
             rows, expected = (frame.sort_values(list(frame), ignore_index=True) for frame in (rows, expected))
         pd.testing.assert_frame_equal(rows, expected, check_dtype=False)
 
 
-def test_dataset_info(tmp_path):
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_of_every_generation(tmp_path, form, tiny_blocks):
+    data = write_dataset(tmp_path / "in", form)
+    assert convert(tmp_path) == 0
+    assert_same_rows(tmp_path, data)
+    schema = read_split(tmp_path, "val").schema
+    assert schema.names == ["Label", *VOCAB_SIZES]
+    assert schema.types == [pa.float32()] + [pa.int32()] * len(VOCAB_SIZES)
+
+
+def test_other_layouts_of_the_same_formats(tmp_path, tiny_blocks):
+    """Not what FuxiCTR writes, but valid: compressed npz; small row groups; chunks and compression in h5."""
+    data = {split: random_rows(ROWS[split], seed) for seed, split in enumerate(ROWS)}
+    for form in ("npz", "parquet", "h5"):
+        folder = tmp_path / form / "in"
+        folder.mkdir(parents=True)
+        write_feature_map(folder, "2.0")
+        for split, columns in data.items():
+            if form == "npz":
+                np.savez_compressed(folder / f"{split}.npz", **columns)
+            elif form == "parquet":
+                frame = pd.DataFrame(columns).astype({"hour": "int8", "user": "float32", "clk": "bool"})
+                frame.to_parquet(folder / f"{split}.parquet", row_group_size=13)
+            else:
+                with h5py.File(folder / f"{split}.h5", "w") as file:
+                    for name, values in columns.items():
+                        file.create_dataset(name, data=values, chunks=(5,), compression="gzip")
+        assert convert(tmp_path / form) == 0
+        assert_same_rows(tmp_path / form, data)
+
+
+def test_files_named_after_the_csv_in_the_folder_below(tmp_path, capsys):
+    """FuxiCTR 1.0 turns train_sample.csv into DATASET_ID/train_sample.h5; other files lie beside it."""
+    data = write_dataset(tmp_path / "in" / "ds", "1.x")
+    for split in ROWS:
+        (tmp_path / "in" / "ds" / f"{split}.h5").rename(tmp_path / "in" / "ds" / f"{split}_sample.h5")
+        (tmp_path / "in" / "ds" / f"{split}.csv").write_text("clk,user\n")
+    (tmp_path / "in" / "ds" / "feature_encoder.pkl").write_bytes(b"x")
+    assert convert(tmp_path) == 0
+    assert_same_rows(tmp_path, data)
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'in' / 'ds'}: FuxiCTR 1.0-1.2 output, 5 fields" in out
+    assert "train: 317 rows in" in out
+    assert "valid_sample.h5" in out
+
+
+def test_dataset_info(tmp_path, capsys):
     write_dataset(tmp_path / "in")
-    convert(tmp_path)
-    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    assert convert(tmp_path, "--export_dataset_info") == 0
+    text = (tmp_path / "out" / "dataset_info.json").read_text()
+    info = json.loads(text)
     assert info["label"] == "Label"
     assert info["num_samples"] == {"train": 317, "val": 110, "test": 103}
     assert info["fields"] == [{"name": name, "table_size": size, "offset": offset} for (name, size), offset
                               in zip(VOCAB_SIZES.items(), [0, 400, 430, 454, 456])]
+    assert info["source"]["encoding"] == "FuxiCTR 2.0-2.1"
+    assert text in capsys.readouterr().out
     assert "README.md" in os.listdir(tmp_path / "out")
+
+
+def test_shuffle_depends_on_the_seed_only(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "in")
+    orders = []
+    for seed, bucket_bytes in ((1, 10**9), (1, 1), (2, 10**9)):
+        monkeypatch.setattr(h5_to_parquet, "MIN_BUCKET_BYTES", bucket_bytes)
+        assert convert(tmp_path, f"--seed={seed}", "--overwrite") == 0
+        orders.append(read_split(tmp_path, "train")["user"].to_pylist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_meta_columns_and_shared_tables_are_reported(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in", "2.2")
+    features = {name: {"type": "categorical", "vocab_size": size} for name, size in VOCAB_SIZES.items()}
+    features["item"]["share_embedding"] = "user"
+    features = {"group_id": {"type": "meta"}, **features}
+    write_feature_map(tmp_path / "in", "2.2", features)
+    for split, columns in data.items():
+        write_split(tmp_path / "in", "2.2", split, {"group_id": np.array(["a"] * ROWS[split]), **columns})
+    assert convert(tmp_path) == 0
+    assert_same_rows(tmp_path, data)
+    out = capsys.readouterr().out
+    assert "left out, because meta columns are no model input: group_id" in out
+    assert "given tables of their own (shared in FuxiCTR): item" in out
+
+
+def test_one_of_several_labels(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in")
+    write_feature_map(tmp_path / "in", "2.0", labels=("buy", "clk"))
+    assert_refused(tmp_path, capsys, "2 labels (buy, clk)", "choose one with --label")
+    assert_refused(tmp_path, capsys, "--label like is not a label", "buy, clk", options=["--label=like"])
+    assert convert(tmp_path, "--label=clk") == 0
+    assert_same_rows(tmp_path, data)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+def test_no_input(tmp_path, capsys):
+    assert_refused(tmp_path, capsys, "in is not a folder")
+    write_dataset(tmp_path / "in")
+    (tmp_path / "in" / "feature_map.json").unlink()
+    assert_refused(tmp_path, capsys, "no feature_map.json in", "one folder below")
+    write_dataset(tmp_path / "in" / "a")
+    write_dataset(tmp_path / "in" / "b")
+    assert_refused(tmp_path, capsys, "2 data sets below", "a, b")
+
+
+GOOD = {"type": "categorical", "vocab_size": 5}
+BAD_MAPS = {
+    "not JSON": ("{", "is not JSON"),
+    "no known keys": ({"fields": {}}, "no known FuxiCTR version"),
+    "both styles": ({"features": [], "feature_specs": {}}, "no known FuxiCTR version"),
+    "features is no list of objects": ({"features": ["a"], "labels": ["y"]}, "no known FuxiCTR version"),
+    "numeric": ({"features": [{"age": {"type": "numeric"}}, {"a": GOOD}], "labels": ["y"]}, "age (numeric)"),
+    "sequence": ({"feature_specs": {"clicks": {"type": "sequence", "index": [0, 1], "vocab_size": 5}}},
+                 "clicks (sequence)"),
+    "embedding": ({"features": [{"v": {"type": "embedding"}}], "labels": ["y"]}, "v (embedding)"),
+    "no vocab_size": ({"features": [{"a": {"type": "categorical"}}], "labels": ["y"]}, "a has vocab_size None"),
+    "vocab_size 0": ({"feature_specs": {"a": {**GOOD, "vocab_size": 0, "index": 0}}}, "a has vocab_size 0"),
+    "twice": ({"features": [{"a": GOOD}, {"a": GOOD}], "labels": ["y"]}, "a is listed twice"),
+    "no fields": ({"features": [{"g": {"type": "meta"}}], "labels": ["y"]}, "no categorical feature"),
+    "no label": ({"features": [{"a": GOOD}]}, "0 labels"),
+    "feature called Label": ({"features": [{"Label": GOOD}], "labels": ["y"]}, "a feature called Label"),
+    "same index": ({"feature_specs": {"a": {**GOOD, "index": 0}, "b": {**GOOD, "index": 0}}}, "indexes are not 0..1"),
+    "no index": ({"feature_specs": {"a": GOOD}}, "indexes are not 0..0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MAPS)
+def test_bad_feature_map(tmp_path, capsys, case):
+    content, message = BAD_MAPS[case]
+    write_dataset(tmp_path / "in")
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "in" / "feature_map.json").write_text(text)
+    assert_refused(tmp_path, capsys, "feature_map.json", message)
+
+
+def test_label_option_is_for_2x(tmp_path, capsys):
+    write_dataset(tmp_path / "in", "1.x")
+    assert_refused(tmp_path, capsys, "--label clk was given", "1.x", options=["--label=clk"])
+
+
+@pytest.mark.parametrize("split", ROWS)
+def test_missing_split(tmp_path, capsys, split):
+    write_dataset(tmp_path / "in", splits=[other for other in ROWS if other != split])
+    assert_refused(tmp_path, capsys, f"no {split} split in", f"{split}.h5")
+
+
+def test_split_found_twice(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in", "2.0")
+    write_split(tmp_path / "in", "2.1 parts", "valid", data["valid"])
+    assert_refused(tmp_path, capsys, "more than one val split", "valid.h5 and ", "part_0.h5")
+
+
+def test_missing_part(tmp_path, capsys):
+    write_dataset(tmp_path / "in", "1.x parts")
+    (tmp_path / "in" / "test_part_9.h5").unlink()
+    assert_refused(tmp_path, capsys, "part_9 is missing", "10 parts found", "test_part_10.h5")
+
+
+def test_files_of_two_generations(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in", "2.0", splits=("train", "test"))
+    write_split(tmp_path / "in", "2.2", "valid", data["valid"])
+    assert_refused(tmp_path, capsys, "different FuxiCTR versions", "valid.npz")
+    write_feature_map(tmp_path / "in", "1.x")
+    assert_refused(tmp_path, capsys, "train.h5 holds the columns", "expected one 2-D table")
+    for split in ROWS:
+        (tmp_path / "in" / f"{split}.h5").unlink(missing_ok=True)
+        write_split(tmp_path / "in", "2.2", split, data[split])
+    assert_refused(tmp_path, capsys, "train.npz is a npz file", "1.x, which writes h5")
+
+
+def test_table_without_names_for_a_2x_feature_map(tmp_path, capsys):
+    write_dataset(tmp_path / "in", "1.x")
+    write_feature_map(tmp_path / "in", "2.0")
+    assert_refused(tmp_path, capsys, "train.h5 has no column clk")
+
+
+@pytest.mark.parametrize("form", ["1.x", "2.0", "2.2", "2.3", "2.1 parts"])
+@pytest.mark.parametrize(("field", "value"), [("item", 30), ("C10", -1), ("clicked", 0.5), ("hour", np.nan),
+                                              ("user", 2.0**40), ("clk", 2)])
+def test_bad_value_is_named(tmp_path, capsys, tiny_blocks, form, field, value):
+    data = write_dataset(tmp_path / "in", form)
+    columns = dict(data["valid"])
+    columns[field] = columns[field].astype(type(value))
+    columns[field][[23, 40]] = value
+    write_split(tmp_path / "in", form, "valid", columns)
+    file, row = (os.path.join("valid", "part_2.h5"), 3) if form == "2.1 parts" else ("valid.", 23)
+    name = "the label" if (form, field) == ("1.x", "clk") else field
+    shown = float(value) if form == "1.x" else value
+    limit = "0 or 1" if field == "clk" else f"from 0 to {VOCAB_SIZES[field] - 1}"
+    assert_refused(tmp_path, capsys, file, f"row {row} ", f"{name} is {shown},", limit)
+
+
+def test_empty_value_in_parquet(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in", "2.3")
+    frame = pd.DataFrame(data["test"]).astype({"item": "Int64"})
+    frame.loc[5, "item"] = pd.NA
+    frame.to_parquet(tmp_path / "in" / "test.parquet")
+    assert_refused(tmp_path, capsys, "test.parquet: row 5 ", "item is nan")
+
+
+@pytest.mark.parametrize("form", ["2.0", "2.2"])
+def test_columns_of_unequal_length_or_shape(tmp_path, capsys, form):
+    data = write_dataset(tmp_path / "in", form)
+    for values in (data["train"]["item"][:-1], np.zeros((317, 4), int)):
+        write_split(tmp_path / "in", form, "train", data["train"])
+        extension = {"2.0": "h5", "2.2": "npz"}[form]
+        write_columns(tmp_path / "in" / f"train.{extension}", {**data["train"], "item": values})
+        assert_refused(tmp_path, capsys, f"column item has shape {values.shape}, expected (317,)")
+
+
+@pytest.mark.parametrize("form", ["2.0", "2.2", "2.3"])
+def test_missing_column_and_text_column(tmp_path, capsys, form):
+    data = write_dataset(tmp_path / "in", form)
+    columns = dict(data["test"])
+    texts = [f"id{value}" for value in columns["hour"]]
+    columns["hour"] = np.array(texts, dtype="S" if form == "2.0" else object)
+    write_split(tmp_path / "in", form, "test", columns)
+    assert_refused(tmp_path, capsys, "test.", "column hour has values of type", "expected numbers")
+    del columns["hour"]
+    write_split(tmp_path / "in", form, "test", columns)
+    assert_refused(tmp_path, capsys, "test.", "has no column hour (1 of 6")
+
+
+def test_table_of_another_width(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in", "1.x")
+    write_table(tmp_path / "in" / "test.h5", {"more": data["test"]["hour"], **data["test"]})
+    assert_refused(tmp_path, capsys, "test.h5: the table `data` has 7 columns, expected 6")
+
+
+@pytest.mark.parametrize("form", ["1.x", "2.2", "2.3"])
+def test_damaged_file(tmp_path, capsys, form):
+    write_dataset(tmp_path / "in", form)
+    path, = (path for path in (tmp_path / "in").glob("test.*"))
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+    assert_refused(tmp_path, capsys, str(path), "cannot be read", "cut short")
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert_refused(tmp_path, capsys, str(path), "Git LFS pointer")
+
+
+def test_flipped_byte_in_npz(tmp_path, capsys):
+    """The zip checksum of a column is compared when it has been read."""
+    write_dataset(tmp_path / "in", "2.2")
+    path = tmp_path / "in" / "test.npz"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"item.npy") + 300
+    content[start] ^= 1
+    path.write_bytes(content)
+    assert_refused(tmp_path, capsys, "test.npz", "CRC")
+
+
+def test_split_without_rows(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in")
+    write_split(tmp_path / "in", "2.0", "valid", {name: values[:0] for name, values in data["valid"].items()})
+    assert_refused(tmp_path, capsys, "the val split", "has no rows")
+
+
+def test_existing_output_and_output_around_the_input(tmp_path, capsys):
+    data = write_dataset(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    assert_refused(tmp_path, capsys, "exists already", "--overwrite")
+    assert convert(tmp_path, "--overwrite") == 0
+    assert_same_rows(tmp_path, data)
+    for output in ("in", "."):
+        assert convert(tmp_path, "--overwrite", f"--output_dir={tmp_path / output}") == 1
+        assert "holds the input" in capsys.readouterr().err
+    assert (tmp_path / "in" / "train.h5").exists()
+
+
+def test_command_line(tmp_path):
+    """As a program: exit codes 0, 1 and 2, one line for a mistake."""
+    def run(*options):
+        return subprocess.run([sys.executable, str(TOOL), *options], capture_output=True, text=True, cwd=tmp_path)
+    write_dataset(tmp_path / "in", "2.3")
+    assert run("--input_dir=in", "--output_dir=out", "--spark_tmp_dir=scratch").returncode == 0
+    assert (tmp_path / "out" / "dataset_info.json").exists()
+    again = run("--input_dir=in", "--output_dir=out")
+    assert again.returncode == 1
+    assert len(again.stderr.splitlines()) == 1
+    assert run("--input_dir=in").returncode == 2

@@ -47,7 +47,8 @@ from parquet_common import (
 FILE_NAMES = {"train": ["train"], "val": ["valid", "val"], "test": ["test"]}  # of each split
 MAGIC = {b"\x89HDF": "h5", b"PK\x03\x04": "npz", b"PAR1": "parquet"}
 CHUNK_ROWS = 16384  # rows read at a time: 5 MB for 39 int64 columns and a label
-MAX_BUCKET_BYTES = 256 * 2**20  # larger buckets of the shuffle only make it slower
+MIN_BUCKET_BYTES = 64 * 2**20  # smaller buckets of the shuffle gain nothing, larger ones miss the caches more
+MAX_BUCKETS = 256  # few enough for every bucket to get some rows of each block
 
 FeatureMap = namedtuple("FeatureMap", "path fields vocab_sizes label skipped shared by_name")
 FeatureMap.__doc__ = """What feature_map.json says.
@@ -83,7 +84,7 @@ def read_feature_map(path, label=None):
             content = json.load(file)
         except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}); run FuxiCTR's preprocessing again") from None
-    if not isinstance(content, dict) or ("feature_specs" in content) == ("features" in content):
+    if not is_feature_map(content):
         raise DataError(f"{path} is of no known FuxiCTR version; expected either the key `feature_specs` (1.x) "
                          "or the key `features` (2.x)")
     by_name = "features" in content
@@ -100,6 +101,16 @@ def read_feature_map(path, label=None):
     return FeatureMap(path, [name for name, _ in fields], [spec["vocab_size"] for _, spec in fields], label,
                       [name for name, spec in specs if spec["type"] == "meta"],
                       [name for name, spec in fields if "share_embedding" in spec], by_name)
+
+
+def is_feature_map(content):
+    """True for {feature_specs: {name: {..}}} (1.x) or {features: [{name: {..}}], labels: [..]} (2.x)."""
+    if not isinstance(content, dict) or ("feature_specs" in content) == ("features" in content):
+        return False
+    groups = content["features"] if "features" in content else [content["feature_specs"]]
+    return (isinstance(groups, list) and isinstance(content.get("labels", []), list)
+            and all(isinstance(group, dict) and all(isinstance(spec, dict) for spec in group.values())
+                    for group in groups))
 
 
 def choose_label(path, labels, wanted):
@@ -389,7 +400,8 @@ def shuffled_blocks(blocks, vocab_sizes, num_rows, folder, memory_bytes, seed):
     row_dtype = np.dtype(columns)
     # numpy moves rows of plain bytes 50 times faster than rows of fields
     bytes_dtype = np.dtype((np.void, row_dtype.itemsize))
-    spool = RowSpool(folder, bytes_dtype, num_rows, memory_bytes, seed)
+    bucket_bytes = min(memory_bytes // 4, max(MIN_BUCKET_BYTES, num_rows * row_dtype.itemsize // MAX_BUCKETS))
+    spool = RowSpool(folder, bytes_dtype, num_rows, bucket_bytes, seed)
     for labels, ids in blocks:
         rows = np.empty(len(labels), row_dtype)
         for (name, _), values in zip(columns, [labels, *ids]):
@@ -405,8 +417,8 @@ def convert_split(split, parts, feature_map, fields, folder, scratch, args):
     num_rows = sum(part.num_rows for part in parts)
     blocks = checked_blocks(parts, feature_map)
     if split == "train":
-        memory_bytes = min(int(args.memory_gb * 2**30 / 4), MAX_BUCKET_BYTES)
-        blocks = shuffled_blocks(blocks, feature_map.vocab_sizes, num_rows, scratch / split, memory_bytes, args.seed)
+        blocks = shuffled_blocks(blocks, feature_map.vocab_sizes, num_rows, scratch / split,
+                                 int(args.memory_gb * 2**30), args.seed)
     with Progress(split, num_rows) as progress, SplitWriter(folder, split, fields, num_rows) as writer:
         for labels, ids in blocks:
             writer.write(labels, [values.astype(writer.id_dtype) for values in ids])

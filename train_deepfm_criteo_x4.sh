@@ -1,0 +1,264 @@
+#!/usr/bin/env bash
+# Train DeepFM on Criteo_x4 with the recipe of BARS DeepFM_criteo_x4_001. Makes the Python environment when needed.
+#
+#   bash train_deepfm_criteo_x4.sh                             demo: synthetic sample, a few epochs
+#   DATA_DIR=/data/criteo_x4 bash train_deepfm_criteo_x4.sh    the real job, on a folder that a converter in tools/ made
+#
+# Further arguments go to the trainer and win over those set here: see `python deepfm_train_eval.py --help`.
+# The output also goes to run.log in the current folder. The exit status is the trainer's.
+#
+# Environment variables, all optional:
+#   DATA_DIR                folder with train/, val/ and test/ parquet shards
+#   PERSISTENT_PATH         rows of the embedding, default runs/tables
+#   PERSISTENT_PATH_FM      rows of the first-order embedding, default runs/tables_fm
+#   MODEL_SAVE_DIR          folder for checkpoints, default none
+#   DEVICE_NUM_PER_NODE     processes on this node; default: one per visible GPU, or without a GPU one per CPU core:
+#                           the largest number up to 8 that divides the batch
+#   OMP_NUM_THREADS         threads per process, default: cores / processes
+#   NUM_NODES, NODE_RANK    number of nodes and the number of this one from 0, default 1 and 0
+#   MASTER_ADDR             address of node 0, needed for more than one node
+#   MASTER_PORT             its port; default: a free one, with more than one node 29500
+#   CUDA_VISIBLE_DEVICES    the GPUs to use
+#   PYTHON, VENV, ONEFLOW_VERSION   see tools/setup_env.sh
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Published hyperparameters; the learning rate is cut after every epoch without a gain, and two in a row end the run.
+RECIPE=(--embedding_vec_size 16 --dnn 1000,1000,1000,1000,1000 --net_dropout 0.2 --batch_size 10000
+  --learning_rate 0.001 --lr_factor 0.1 --min_lr 1e-6 --patience 1 --early_stop_patience 2
+  --embedding_l2 1e-5 --max_grad_norm 10)
+# The sample has 100 steps an epoch at this batch size.
+DEMO=(--batch_size 2000 --train_batches 300 --loss_print_interval 20)
+MAX_CPU_PROCESSES=8
+
+die() {
+  echo "error: $1" >&2
+  exit "${2:-1}"
+}
+
+# The value that the trainer will see of an option: the last `--name value` or `--name=value`.
+option_value() {
+  local name=$1 value=""
+  shift
+  while (($#)); do
+    case $1 in
+      "$name") value=${2:-} ;;
+      "$name"=*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  echo "$value"
+}
+
+check_number() { # name, value, smallest
+  [[ $2 =~ ^[0-9]{1,9}$ ]] && ((10#$2 >= $3)) || die "$1=$2 is not a whole number of at least $3" 2
+}
+
+check_environment() {
+  check_number NUM_NODES "$NUM_NODES" 1
+  check_number NODE_RANK "$NODE_RANK" 0
+  ((NODE_RANK < NUM_NODES)) || die "NODE_RANK=$NODE_RANK is not below NUM_NODES=$NUM_NODES; count nodes from 0" 2
+  [[ -z ${DEVICE_NUM_PER_NODE:-} ]] || check_number DEVICE_NUM_PER_NODE "$DEVICE_NUM_PER_NODE" 1
+  [[ -z ${MASTER_PORT:-} ]] || check_number MASTER_PORT "$MASTER_PORT" 1
+  ((NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] ||
+    die "NUM_NODES=$NUM_NODES needs MASTER_ADDR, the address of node 0" 2
+  [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] ||
+    die "DATA_DIR=$DATA_DIR is not a folder; make it with tools/criteo_parquet.py or tools/h5_to_parquet.py"
+}
+
+count_gpus() {
+  # importing OneFlow takes seconds, so only where there may be a GPU
+  compgen -G "/dev/nvidia[0-9]*" >/dev/null || [[ -e /dev/dxg ]] || { echo 0; return; }
+  "$python" -c 'import oneflow; print(oneflow.cuda.device_count())' 2>/dev/null | tail -n 1
+}
+
+# Physical cores that this process may use: hyperthreads share the units that matrix products need.
+count_cores() {
+  "$python" - <<'PYTHON'
+import os
+
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except OSError:
+        return None
+
+cpus = os.sched_getaffinity(0)
+siblings = [read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or [cpu] for cpu in cpus]
+cores = len({tuple(names) for names in siblings})
+quota, period = read("/sys/fs/cgroup/cpu.max") or (  # control groups version 2, then 1
+    (read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") or ["max"]) + (read("/sys/fs/cgroup/cpu/cpu.cfs_period_us") or ["1"])
+)
+if quota not in ("max", "-1"):
+    cores = min(cores, max(1, int(quota) // int(period)))
+print(cores)
+PYTHON
+}
+
+# Sets `processes` and OMP_NUM_THREADS from the machine, the environment variables and the trainer's arguments.
+choose_processes() {
+  local batch_size cores gpus=0
+  batch_size=$(option_value --batch_size "$@")
+  cores=$(count_cores)
+  [[ $(option_value --device "$@") == cpu ]] || gpus=$(count_gpus)
+  if [[ -n ${DEVICE_NUM_PER_NODE:-} ]]; then
+    processes=$DEVICE_NUM_PER_NODE
+  elif ((gpus > 0)); then
+    processes=$gpus
+  else
+    processes=$((cores < MAX_CPU_PROCESSES ? cores : MAX_CPU_PROCESSES))
+    # the trainer reports a batch size that is not a number
+    [[ $batch_size =~ ^[0-9]{1,9}$ ]] || processes=1
+    while ((processes > 1 && 10#$batch_size % (processes * NUM_NODES))); do ((processes--)); done
+  fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+  echo "$processes process(es) on this node, $OMP_NUM_THREADS thread(s) each, $cores CPU core(s), $gpus GPU(s)"
+}
+
+# Makes the demo's dataset, unless an earlier run did; sets DATA_DIR.
+make_demo_data() {
+  local raw=$root/data/criteo_sample_raw
+  DATA_DIR=$root/data/criteo_sample
+  if [[ -f $DATA_DIR/dataset_info.json && -f $raw/sample_info.json ]]; then
+    echo "demo: using the sample in $DATA_DIR"
+    return
+  fi
+  echo "demo: no DATA_DIR given, making a synthetic Criteo sample in $DATA_DIR"
+  run "$python" "$root/tools/make_criteo_sample.py" --output_dir "$raw"
+  run "$python" "$root/tools/criteo_parquet.py" --input_dir "$raw" --output_dir "$DATA_DIR"
+}
+
+print_best_auc() {
+  "$python" -c 'import json, sys; print("demo: best test AUC any model could reach is about %.4f" %
+    json.load(open(sys.argv[1]))["best_auc"])' "$root/data/criteo_sample_raw/sample_info.json"
+}
+
+# Runs a command in its own process group, so that Ctrl-C or kill ends all of it, and returns its exit status.
+run() {
+  local status=0
+  set -m
+  "$@" </dev/null &
+  group=$!
+  set +m
+  wait "$group" || status=$?
+  while kill -0 "$group" 2>/dev/null; do # a signal to this script ended the wait
+    status=0
+    wait "$group" || status=$?
+  done
+  end_group
+  return "$status"
+}
+
+# True while a process of the group lives; an orphan that nobody has waited for does not count.
+group_lives() {
+  cat /proc/[0-9]*/stat 2>/dev/null | sed 's/.*) //' | awk -v group="$group" '$3 == group && $1 != "Z" {found = 1}
+    END {exit !found}'
+}
+
+# Ends what is left of the group. A process may take a while to stop, for example to save a checkpoint.
+end_group() {
+  local tries
+  kill -TERM -- "-$group" 2>/dev/null || true
+  for ((tries = 0; tries < 300; tries++)); do
+    group_lives || break
+    sleep 0.1
+  done
+  kill -KILL -- "-$group" 2>/dev/null || true
+  group=""
+}
+
+on_signal() { # name, number
+  if [[ -z $group ]]; then
+    exit $((128 + $2))
+  elif ((signals++ == 0)); then
+    echo "stopping; once more to stop at once" >&2
+    kill -s "$1" -- "-$group" 2>/dev/null || true
+  else
+    kill -KILL -- "-$group" 2>/dev/null || true
+  fi
+}
+
+on_exit() {
+  rm -rf "$scratch"
+  # the log is complete when tee has read all of it
+  exec >&- 2>&-
+  [[ -z $tee_pid ]] || wait "$tee_pid" 2>/dev/null || true
+}
+
+train() {
+  local status=0 launch
+  if ((processes * NUM_NODES == 1)); then
+    run "$python" -u "$root/deepfm_train_eval.py" "$@"
+    return
+  fi
+  launch=(--nproc_per_node "$processes" --nnodes "$NUM_NODES" --node_rank "$NODE_RANK"
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$(free_port)}")
+  # OneFlow's launcher ends with status 1 and a traceback of its own whatever a process returned, so each process notes
+  # its status, and the launcher's own messages are shown only when it failed by itself.
+  run "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "$BASH" -c '
+    file=$1 status=0
+    shift
+    "$@" 2>&1 || status=$?
+    [[ $status == 0 ]] || echo "$status" >>"$file"
+    exit "$status"' rank "$scratch/status" "$python" -u "$root/deepfm_train_eval.py" "$@" \
+    2>"$scratch/launch.err" || status=$?
+  if [[ -s $scratch/status ]]; then
+    status=$(head -n 1 "$scratch/status") # the first process that failed; others may have been ended because of it
+  elif ((status != 0 && signals == 0)); then
+    cat "$scratch/launch.err" >&2
+  fi
+  return "$status"
+}
+
+free_port() {
+  if ((NUM_NODES > 1)); then
+    echo 29500
+  else
+    "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  fi
+}
+
+main() {
+  local options=()
+  case " $* " in *" --help "* | *" -h "*)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$root/train_deepfm_criteo_x4.sh"
+    exit ;;
+  esac
+  check_environment
+  run bash "$root/tools/setup_env.sh" >"$scratch/python"
+  python=$(<"$scratch/python")
+  exec > >(exec tee -i "$log") 2>&1
+  tee_pid=$!
+  options=("${RECIPE[@]}")
+  if [[ -z ${DATA_DIR:-} ]]; then
+    make_demo_data
+    options+=("${DEMO[@]}")
+    # the demo starts afresh each time, but never on tables that the user named
+    if [[ -z ${PERSISTENT_PATH:-}${PERSISTENT_PATH_FM:-} && " $* " != *" --resume "* ]]; then
+      PERSISTENT_PATH=$root/data/criteo_sample_tables
+      PERSISTENT_PATH_FM=$root/data/criteo_sample_tables_fm
+      options+=(--overwrite_tables)
+    fi
+    demo=1
+  fi
+  options+=(--data_dir "$DATA_DIR" --persistent_path "${PERSISTENT_PATH:-runs/tables}"
+    --persistent_path_fm "${PERSISTENT_PATH_FM:-runs/tables_fm}")
+  [[ -z ${MODEL_SAVE_DIR:-} ]] || options+=(--model_save_dir "$MODEL_SAVE_DIR")
+  options+=("$@")
+  choose_processes "${options[@]}"
+  train "${options[@]}"
+  ((demo == 0)) || print_best_auc
+}
+
+NUM_NODES=${NUM_NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+log=run.log
+[[ $NODE_RANK == 0 ]] || log=run_node$NODE_RANK.log # nodes may share a file system
+group="" signals=0 tee_pid="" demo=0
+scratch=$(mktemp -d)
+trap on_exit EXIT
+trap 'on_signal INT 2' INT
+trap 'on_signal TERM 15' TERM
+trap 'on_signal HUP 1' HUP
+main "$@"

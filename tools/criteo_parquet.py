@@ -18,7 +18,7 @@ Encodings (--encoding):
           becomes 0, which is never in the vocabulary. A category is its string. The vocabulary of a field has the
           tokens that the train rows hold at least --min_categr_count times. Ids as in FuxiCTR 2.x: 0 is padding
           (unused), tokens from 1, all others share the last id, so a table has tokens + 2 rows. More frequent tokens
-          have smaller ids, ties in the order of the tokens.
+          have smaller ids, ties in the order of the tokens (those of more than 8 bytes, which Criteo has not, last).
     hash  id = value mod --mod_idx, the value being the integer, or the hexadecimal number of a category; a missing
           value is 0. No vocabulary, --mod_idx rows per table.
 
@@ -71,6 +71,7 @@ NUM_INTEGERS = len(INTEGER_FIELDS)
 # A parsed row on its way to the dataset: a token per field, as a number.
 ROW = np.dtype([("label", "i1"), ("ints", "<i4", len(INTEGER_FIELDS)), ("cats", "<u8", len(CATEGORICAL_FIELDS))])
 
+GIGABYTE = 10**9
 BLOCK_BYTES = 8 << 20  # raw text parsed at a time, about 33,000 rows
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 NUM_FOLDS = 10
@@ -499,7 +500,7 @@ class TokenCounter:
             part = (shuffle_keys(tokens.astype(np.int64, copy=False), 0) % self.PARTS).astype(np.int8)
             record = np.empty(len(tokens), [("token", tokens.dtype), ("count", np.int64)])
             record["token"], record["count"] = tokens, counts
-            for index in range(self.PARTS):
+            for index in np.unique(part):
                 with open(self._file(field, index), "ab") as file:
                     file.write(record[part == index].data)
         self.parts = [[] for _ in FIELDS]
@@ -515,10 +516,10 @@ class TokenCounter:
         return [self._read_field(field) for field in range(len(FIELDS))]
 
     def _read_field(self, field):
-        kept = []
-        for index in range(self.PARTS):
-            dtype = np.int32 if field < NUM_INTEGERS else np.uint64
-            record = np.fromfile(self._file(field, index), [("token", dtype), ("count", np.int64)])
+        dtype = np.dtype(np.int32 if field < NUM_INTEGERS else np.uint64)
+        kept = [(np.empty(0, dtype), np.empty(0, np.int64))]
+        for path in sorted(self.folder.glob(f"{field}-*.bin")):
+            record = np.fromfile(path, [("token", dtype), ("count", np.int64)])
             tokens, counts = merge_counts([(record["token"], record["count"])])
             kept.append((tokens[counts >= self.min_count], counts[counts >= self.min_count]))
         return merge_counts(kept)
@@ -536,7 +537,7 @@ def merge_counts(parts):
 
 def convert_arrow(args, source, encoding, folder, scratch):
     """Read, count and spool all rows in one pass; then encode and write them. Returns the fields."""
-    memory = int(args.memory_gb * 1e9)
+    memory = int(args.memory_gb * GIGABYTE)
     spools = [
         RowSpool(scratch / split, ROW, source.num_rows[split], memory // 12, args.seed if split == "train" else None)
         for split in SPLITS

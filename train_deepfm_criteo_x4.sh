@@ -169,8 +169,9 @@ end_group() {
 }
 
 on_signal() { # name, number
+  signal_status=$((128 + $2))
   if [[ -z $group ]]; then
-    exit $((128 + $2))
+    exit "$signal_status"
   elif ((signals++ == 0)); then
     echo "stopping; once more to stop at once" >&2
     kill -s "$1" -- "-$group" 2>/dev/null || true
@@ -205,7 +206,9 @@ train() {
     2>"$scratch/launch.err" || status=$?
   if [[ -s $scratch/status ]]; then
     status=$(head -n 1 "$scratch/status") # the first process that failed; others may have been ended because of it
-  elif ((status != 0 && signals == 0)); then
+  elif ((signals)); then
+    status=$signal_status
+  elif ((status)); then
     cat "$scratch/launch.err" >&2
   fi
   return "$status"
@@ -255,7 +258,7 @@ NUM_NODES=${NUM_NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 log=run.log
 [[ $NODE_RANK == 0 ]] || log=run_node$NODE_RANK.log # nodes may share a file system
-group="" signals=0 tee_pid="" demo=0
+group="" signals=0 signal_status=0 tee_pid="" demo=0
 scratch=$(mktemp -d)
 trap on_exit EXIT
 trap 'on_signal INT 2' INT

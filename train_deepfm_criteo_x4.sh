@@ -69,7 +69,7 @@ check_environment() {
 count_gpus() {
   # importing OneFlow takes seconds, so only where there may be a GPU
   compgen -G "/dev/nvidia[0-9]*" >/dev/null || [[ -e /dev/dxg ]] || { echo 0; return; }
-  "$python" -c 'import oneflow; print(oneflow.cuda.device_count())' 2>/dev/null | tail -n 1
+  "$python" -c 'import oneflow; print(oneflow.cuda.device_count())' 2>/dev/null || echo 0
 }
 
 # Physical cores that this process may use: hyperthreads share the units that matrix products need.

@@ -307,11 +307,12 @@ def parse_args(argv=None):
 class Split:
     """The parquet files of one split: where they are, how many rows every row group has, which columns.
 
-    Attributes: name, files (sorted), row_groups (row counts, in reading order), num_rows, columns (names in file order).
+    Attributes: name, labelled (whether the labels are read), files (sorted), row_groups (row counts, in reading order),
+    num_rows, columns (names in file order).
     """
 
-    def __init__(self, folder, name):
-        self.name = name
+    def __init__(self, folder, name, labelled=True):
+        self.name, self.labelled = name, labelled
         self.files = sorted(glob.glob(os.path.join(folder, "*.parquet")))
         if not self.files:
             raise UserError(f"no *.parquet files in {folder}; run tools/criteo_parquet.py or tools/h5_to_parquet.py, "
@@ -433,13 +434,13 @@ def _brief(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_ranges(dataset, split, needs_label=True):
+def _check_ranges(dataset, split):
     """Check ids and labels by the files' statistics, before anything is read; rows are checked again when read."""
     for f, field in enumerate(dataset.fields):
         bounds = split.column_range(field)
         if bounds and (bounds[0] < dataset.offsets[f] or bounds[1] >= dataset.offsets[f + 1]):
             _raise_id_error(dataset, split, f, *bounds)
-    bounds = split.column_range(LABEL) if needs_label else None
+    bounds = split.column_range(LABEL) if split.labelled else None
     if bounds and not 0 <= bounds[0] <= bounds[1] <= 1:
         raise UserError(f"the labels of the {split.name} split go from {bounds[0]} to {bounds[1]}, expected only 0 and 1")
     if bounds and bounds[0] == bounds[1]:
@@ -482,9 +483,8 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
     Raises: UserError for an id outside its table or a label that is not 0 or 1.
     """
     lanes = {"cur_shard": lane, "shard_count": num_lanes} if num_lanes > 1 else {}
-    has_label = LABEL in split.columns
     dtype = np.int32 if dataset.num_rows < 2**31 - 1 else np.int64
-    wanted = ([LABEL] if has_label else []) + dataset.fields
+    wanted = ([LABEL] if split.labelled else []) + dataset.fields
     # one worker per reader: row groups arrive in a fixed order; a small queue bounds memory
     reader = make_batch_reader(
         ["file://" + os.path.abspath(path) for path in split.files],
@@ -501,7 +501,7 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
                 if not (low >= dataset.offsets[f] and high < dataset.offsets[f + 1]):
                     _raise_id_error(dataset, split, f, low, high)
                 ids[:, f] = column
-            labels = getattr(group, LABEL).astype(np.float32) if has_label else np.zeros(len(ids), np.float32)
+            labels = getattr(group, LABEL).astype(np.float32) if split.labelled else np.zeros(len(ids), np.float32)
             if not ((labels == 0) | (labels == 1)).all():
                 wrong = labels[(labels != 0) & (labels != 1)][0]
                 raise UserError(f"the {split.name} split has a label {wrong:g}, expected only 0 and 1")
@@ -1933,7 +1933,8 @@ def finish_epoch(trainer, log):
                 f"{trainer.best['epoch']}), epochs without gain {plateau.epochs_to_stop}"
                 f"/{args.early_stop_patience or 'never'}, since cut {plateau.epochs_to_cut}/{args.patience}, {decision}"
                 + (", stop" if plateau.stopped else ""))
-    trainer.epoch, trainer.step_in_epoch = epoch + 1, 0
+    if trainer.step_in_epoch == steps_per_epoch(args, trainer.dataset):  # else --train_batches ended it early
+        trainer.epoch, trainer.step_in_epoch = epoch + 1, 0
     names = ["best_checkpoint"] if improved else []
     if args.model_save_dir:
         names.append(f"step_{trainer.step}")
@@ -1981,12 +1982,11 @@ def predict_command(trainer, checkpoint):
 def predict(trainer):
     """Write one probability per row of --predict, in row order, to --predict_output."""
     args, dataset = trainer.args, trainer.dataset
-    split = Split(args.predict, "predict")
+    split = Split(args.predict, "predict", labelled=False)
     missing = [field for field in dataset.fields if field not in split.columns]
     if missing:
         raise UserError(f"--predict {args.predict} lacks the columns {_shorten(missing)}")
-    split.columns = [name for name in split.columns if name in dataset.fields]  # labels are not needed
-    _check_ranges(dataset, split, needs_label=False)
+    _check_ranges(dataset, split)
     probs, _ = trainer.predict(split)
 
     def write():

@@ -43,6 +43,7 @@ FORMAT_VERSION = 1
 LANES = 8  # the trainer deals row group i to lane i % 8, so a split has a multiple of 8 row groups
 MAX_GROUP_ROWS = 50_000
 GROUPS_PER_FILE = 16  # 800,000 rows, some 50-100 MB
+READ_ROWS = 1 << 15  # rows that RowSpool hands out at a time
 LOG_SECONDS = 10
 
 
@@ -166,7 +167,7 @@ class RowSpool:
         folder: scratch folder of this spool, made here, removed by close() or together with its parent.
         dtype: numpy dtype of a row, usually structured.
         num_rows: how many rows will come (sets the number of buckets; RowSpool does not check it).
-        memory_bytes: what one bucket may take while it is read; about three times this is in use at the peak.
+        memory_bytes: size of a bucket, which is read as a whole.
     """
 
     def __init__(self, folder, dtype, num_rows, memory_bytes, seed=None):
@@ -176,7 +177,6 @@ class RowSpool:
         self.dtype = np.dtype([("key", "<i8"), ("row", dtype)]) if seed is not None else np.dtype(dtype)
         size = num_rows * self.dtype.itemsize
         self.num_buckets = max(1, -(-size // max(1, memory_bytes)))
-        self.chunk_rows = max(1, memory_bytes // self.dtype.itemsize)
         self.rows = 0
 
     def _file(self, bucket):
@@ -211,14 +211,17 @@ class RowSpool:
             if self._file(bucket).exists():
                 keyed = np.fromfile(self._file(bucket), self.dtype)
                 self._file(bucket).unlink()
-                yield keyed["row"][np.argsort(keyed["key"])]
+                order = np.argsort(keyed["key"])
+                for start in range(0, len(order), READ_ROWS):
+                    yield keyed["row"][order[start : start + READ_ROWS]]
+                del keyed  # before the next bucket is read
 
     def _read_in_order(self):
         if not self._file(0).exists():
             return
         with open(self._file(0), "rb") as file:
             while True:
-                rows = np.fromfile(file, self.dtype, count=self.chunk_rows)
+                rows = np.fromfile(file, self.dtype, count=READ_ROWS)
                 if not len(rows):
                     break
                 yield rows

@@ -611,8 +611,9 @@ def convert_spark(args, source, encoding, folder, scratch):
         blocks = spark.range(0, len(places), 1, numPartitions=len(places))
         if isinstance(encoding, X4Encoding):
             counted = blocks.mapInArrow(count_blocks(places, encoding), "field long, token long, count long")
-            counted = counted.groupBy("field", "token").sum("count").filter(f"`sum(count)` >= {encoding.min_count}")
-            counted = counted.toPandas()
+            counted = counted.groupBy("field", "token").agg({"count": "sum"}).withColumnRenamed("sum(count)", "count")
+            counted.filter(counted["count"] >= encoding.min_count).write.parquet(str(scratch / "counts"))
+            counted = pq.read_table(scratch / "counts").to_pandas()
             encoding.set_counts([field_counts(counted, field) for field in range(len(FIELDS))])
         fields = make_fields(FIELDS, encoding.table_sizes)
         columns = ", ".join(f"`{name}` int" for name in FIELDS)
@@ -620,12 +621,10 @@ def convert_spark(args, source, encoding, folder, scratch):
             encode_blocks(places, spark.sparkContext.broadcast(encoding), args.seed),
             f"split int, key long, label int, {columns}",
         )
-        encoded.write.partitionBy("split").parquet(str(scratch / "encoded"))
-        files = []
-        for index, split in enumerate(SPLITS):
-            rows = spark.read.parquet(str(scratch / "encoded" / f"split={index}"))
-            rows.orderBy("key").drop("key").write.parquet(str(scratch / split))
-            files += [(split, *file) for file in sorted_files(scratch / split, source.num_rows[split])]
+        encoded.write.parquet(str(scratch / "encoded"))  # sorting looks at its input twice
+        encoded = spark.read.parquet(str(scratch / "encoded"))
+        encoded.orderBy("split", "key").drop("split", "key").write.parquet(str(scratch / "sorted"))
+        files = file_tasks(scratch / "sorted", source.num_rows)
         tasks = spark.sparkContext.parallelize(files, len(files))
         tasks.foreach(lambda file: write_file(folder, fields, *file))
     except Exception as error:  # Py4JJavaError, PythonException, ...: a worker's error comes as the text of a traceback
@@ -709,7 +708,7 @@ def field_counts(counted, field):
     counted = counted[counted["field"] == field]
     tokens = counted["token"].to_numpy(np.int64)
     tokens = tokens.astype(np.int32) if field < NUM_INTEGERS else tokens.view(np.uint64)
-    return tokens, counted["sum(count)"].to_numpy(np.int64)
+    return tokens, counted["count"].to_numpy(np.int64)
 
 
 def encode_blocks(places, encoding, seed):
@@ -730,22 +729,26 @@ def encode_blocks(places, encoding, seed):
     return work
 
 
-def sorted_files(folder, num_rows):
-    """Tasks that write the files of a split: (file name, row group sizes, list of (path, first row, rows) to read)."""
+def file_tasks(folder, num_rows):
+    """How to write each file of the dataset out of the sorted rows, which lie in folder in the order of the splits.
+
+    Returns a list of (split, file name, row group sizes, list of (path, first row, rows) to read).
+    """
     parts = [(path, pq.ParquetFile(path).metadata.num_rows) for path in sorted(folder.glob("part-*.parquet"))]
-    ends = np.cumsum([0] + [rows for _, rows in parts])
-    if ends[-1] != num_rows:
-        raise DataError(f"{folder.name} has {ends[-1]} rows after sorting, expected {num_rows}")
+    starts = np.cumsum([0] + [rows for _, rows in parts])
+    if starts[-1] != sum(num_rows.values()):
+        raise DataError(f"{starts[-1]} rows after sorting, expected {sum(num_rows.values())}; did the input change?")
     start, tasks = 0, []
-    for name, sizes in plan_files(num_rows):
-        end = start + sum(sizes)
-        pieces = []
-        for (path, rows), first in zip(parts, ends):
-            begin, stop = max(start, first), min(end, first + rows)
-            if begin < stop:
-                pieces.append((path, int(begin - first), int(stop - begin)))
-        tasks.append((name, sizes, pieces))
-        start = end
+    for split in SPLITS:
+        for name, sizes in plan_files(num_rows[split]):
+            end = start + sum(sizes)
+            pieces = []
+            for (path, rows), first in zip(parts, starts):
+                begin, stop = max(start, first), min(end, first + rows)
+                if begin < stop:
+                    pieces.append((path, int(begin - first), int(stop - begin)))
+            tasks.append((split, name, sizes, pieces))
+            start = end
     return tasks
 
 

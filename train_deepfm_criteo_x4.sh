@@ -9,9 +9,9 @@
 #
 # Environment variables, all optional:
 #   DATA_DIR                folder with train/, val/ and test/ parquet shards
-#   PERSISTENT_PATH         rows of the embedding, default runs/tables
-#   PERSISTENT_PATH_FM      rows of the first-order embedding, default runs/tables_fm
 #   MODEL_SAVE_DIR          folder for checkpoints, default none
+#   PERSISTENT_PATH         rows of the embedding, default MODEL_SAVE_DIR/tables, or runs/tables
+#   PERSISTENT_PATH_FM      rows of the first-order embedding, default MODEL_SAVE_DIR/tables_fm, or runs/tables_fm
 #   DEVICE_NUM_PER_NODE     processes on this node; default: one per visible GPU, or without a GPU one per CPU core:
 #                           the largest number up to 8 that divides the batch
 #   OMP_NUM_THREADS         threads per process, default: cores / processes
@@ -28,7 +28,7 @@ RECIPE=(--embedding_vec_size 16 --dnn 1000,1000,1000,1000,1000 --net_dropout 0.2
   --learning_rate 0.001 --lr_factor 0.1 --min_lr 1e-6 --patience 1 --early_stop_patience 2
   --embedding_l2 1e-5 --max_grad_norm 10)
 # The sample has 100 steps an epoch at this batch size.
-DEMO=(--batch_size 2000 --train_batches 300 --loss_print_interval 20)
+DEMO=(--batch_size 2000 --train_batches 200 --loss_print_interval 20)
 MAX_CPU_PROCESSES=8
 
 die() {
@@ -223,7 +223,7 @@ free_port() {
 }
 
 main() {
-  local options=()
+  local options=() save_dir tables tables_fm
   case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$root/train_deepfm_criteo_x4.sh"
     exit ;;
@@ -234,20 +234,23 @@ main() {
   exec > >(exec tee -i "$log") 2>&1
   tee_pid=$!
   options=("${RECIPE[@]}")
+  save_dir=$(option_value --model_save_dir --model_save_dir "${MODEL_SAVE_DIR:-}" "$@")
+  tables=$(option_value --persistent_path --persistent_path "${PERSISTENT_PATH:-}" "$@")
+  tables_fm=$(option_value --persistent_path_fm --persistent_path_fm "${PERSISTENT_PATH_FM:-}" "$@")
   if [[ -z ${DATA_DIR:-} ]]; then
     make_demo_data
     options+=("${DEMO[@]}")
-    # the demo starts afresh each time, but never on tables that the user named
-    if [[ -z ${PERSISTENT_PATH:-}${PERSISTENT_PATH_FM:-} && " $* " != *" --resume "* ]]; then
-      PERSISTENT_PATH=$root/data/criteo_sample_tables
-      PERSISTENT_PATH_FM=$root/data/criteo_sample_tables_fm
-      options+=(--overwrite_tables)
-    fi
     demo=1
   fi
-  options+=(--data_dir "$DATA_DIR" --persistent_path "${PERSISTENT_PATH:-runs/tables}"
-    --persistent_path_fm "${PERSISTENT_PATH_FM:-runs/tables_fm}")
-  [[ -z ${MODEL_SAVE_DIR:-} ]] || options+=(--model_save_dir "$MODEL_SAVE_DIR")
+  if ((demo)) && [[ -z $save_dir$tables$tables_fm ]]; then
+    # the demo starts afresh each time, but --overwrite_tables never reaches folders that the user named
+    tables=$root/data/criteo_sample_tables
+    tables_fm=$root/data/criteo_sample_tables_fm
+    options+=(--overwrite_tables)
+  fi
+  options+=(--data_dir "$DATA_DIR" --persistent_path "${tables:-${save_dir:-runs}/tables}"
+    --persistent_path_fm "${tables_fm:-${save_dir:-runs}/tables_fm}")
+  [[ -z $save_dir ]] || options+=(--model_save_dir "$save_dir")
   options+=("$@")
   choose_processes "${options[@]}"
   train "${options[@]}"

@@ -45,8 +45,9 @@ def preload_blas():
     if os.environ.get("DEEPFM_BLAS", "scipy") == "oneflow" or spec is None or not sys.platform.startswith("linux"):
         return None
     folder = os.path.join(os.path.dirname(os.path.dirname(spec.origin)), "scipy.libs")
-    paths = [sorted(glob.glob(os.path.join(folder, f"lib{name}*.so*"))) for name in ("quadmath", "gfortran", "openblas")]
-    if not paths[-1]:
+    quadmath, gfortran, openblas = (
+        sorted(glob.glob(os.path.join(folder, f"lib{name}*.so*"))) for name in ("quadmath", "gfortran", "openblas"))
+    if not openblas:
         return None
     with suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
         flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
@@ -54,7 +55,7 @@ def preload_blas():
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"} <= set(flags):
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
     try:
-        for path in sum(paths, []):
+        for path in quadmath + gfortran + openblas:
             library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         library.cblas_sgemm  # noqa: B018 - SciPy builds with renamed symbols would not replace OneFlow's: AttributeError
         library.openblas_get_corename.restype = ctypes.c_char_p
@@ -75,10 +76,9 @@ from tqdm import tqdm  # noqa: E402
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group
 warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
-from petastorm import make_batch_reader  # noqa: E402
-
 import oneflow as flow  # noqa: E402
 from oneflow import nn  # noqa: E402
+from petastorm import make_batch_reader  # noqa: E402
 
 LABEL = "Label"
 SPLITS = ("train", "val", "test")
@@ -86,7 +86,7 @@ STORE_TYPES = ("device_mem", "cached_host_mem", "cached_ssd")
 ADAM_BETAS = (0.9, 0.999)
 INIT_STD = 1e-4  # standard deviation of new embedding rows
 SIZE_FACTOR = 3  # a stored row is [value | Adam m | Adam v]
-BLOCK_SIZE = 4096  # bytes; the same for OneEmbedding and the snapshot reader and writer, whose defaults differ by version
+BLOCK_SIZE = 4096  # bytes; named everywhere, because OneFlow's defaults differ by version
 CHUNK_ROWS = 1 << 18  # rows that are initialised, saved or loaded at a time
 SHUFFLE_ROWS = 1 << 19  # training rows held in memory for shuffling, over all processes
 READ_LANES = 8
@@ -177,7 +177,7 @@ def make_parser():
     data.add_argument("--data_dir", required=True, help="folder with train/, val/, test/ parquet shards")
     for split in SPLITS:
         data.add_argument(f"--num_{split}_samples", type=positive,
-                          help=f"rows of the {split} split, over all processes; required unless dataset_info.json has it")
+                          help=f"rows of the {split} split; required unless dataset_info.json has it")
     data.add_argument("--table_size_array", type=int_list,
                       help="rows of every field's table, comma-separated; required unless dataset_info.json has it")
 
@@ -207,11 +207,11 @@ def make_parser():
     training.add_argument("--early_stop_patience", type=natural, default=4,
                           help="epochs without gain after which training stops; 0: never")
     training.add_argument("--embedding_l2", type=bounded(float, 0), default=0.0,
-                          help="L2 weight of both tables: on CPU LAMBDA/2 * sum of squares over all rows, part of the loss "
-                               "(every row is then updated in every step); on CUDA weight decay of the looked-up rows only")
+                          help="L2 weight of both tables: on CPU this/2 * sum of squares over all rows, part of the "
+                               "loss (every row is then updated in every step); on CUDA decay of looked-up rows only")
     training.add_argument("--max_grad_norm", type=bounded(float, 0), default=0.0,
-                          help="clip the global gradient norm; 0: off. On CPU over all parameters together (every row is "
-                               "then updated in every step), on CUDA over the dense parameters only")
+                          help="clip the global gradient norm; 0: off. On CPU over all parameters together (every row "
+                               "is then updated in every step), on CUDA over the dense parameters only")
     training.add_argument("--seed", type=bounded(int, 0, 2**31 - 1), default=2022,
                           help="seed of initial values, shuffling and dropout")
 
@@ -228,7 +228,7 @@ def make_parser():
                         help="delete the rows and checkpoints that an earlier run left in the given folders")
 
     checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--model_load_dir", help="checkpoint to start from (parameters, tables and Adam's moments)")
+    checkpoints.add_argument("--model_load_dir", help="checkpoint to start from: parameters, tables, Adam's moments")
     checkpoints.add_argument("--model_save_dir", help="folder for checkpoints; without it none is kept after the run")
     checkpoints.add_argument("--save_initial_model", action="store_true", help="save initial model parameters")
     checkpoints.add_argument("--save_model_after_each_eval", action="store_true", help="save model after each eval")
@@ -326,8 +326,8 @@ class Split:
         for path, metadata in zip(self.files, self.metadata):
             names = metadata.schema.to_arrow_schema().names
             if names != self.columns:
-                raise UserError(f"{path} has columns {_shorten(names)}, but {self.files[0]} has {_shorten(self.columns)}; "
-                                "convert the data again")
+                raise UserError(f"{path} has columns {_shorten(names)}, but {self.files[0]} has "
+                                f"{_shorten(self.columns)}; convert the data again")
 
     def column_range(self, column):
         """(min, max) of a column from the files' statistics; None where a file has none."""
@@ -407,7 +407,7 @@ def read_dataset(args):
                         f"{_shorten(fields)}; convert the data again")
     table_sizes = _agreed(args.table_size_array, info.get("table_sizes"), "--table_size_array")
     if len(table_sizes) != len(fields):
-        raise UserError(f"--table_size_array has {len(table_sizes)} values, expected {len(fields)} ({_shorten(fields)})")
+        raise UserError(f"--table_size_array has {len(table_sizes)} values, expected {len(fields)}: {_shorten(fields)}")
     for name, split in splits.items():
         expected = _agreed(getattr(args, f"num_{name}_samples"), info.get("num_samples", {}).get(name),
                            f"--num_{name}_samples")
@@ -442,14 +442,15 @@ def _check_ranges(dataset, split):
             _raise_id_error(dataset, split, f, *bounds)
     bounds = split.column_range(LABEL) if split.labelled else None
     if bounds and not 0 <= bounds[0] <= bounds[1] <= 1:
-        raise UserError(f"the labels of the {split.name} split go from {bounds[0]} to {bounds[1]}, expected only 0 and 1")
+        raise UserError(f"the labels of the {split.name} split go from {bounds[0]} to {bounds[1]}, "
+                        "expected only 0 and 1; convert the data again")
     if bounds and bounds[0] == bounds[1]:
         raise UserError(f"all labels of the {split.name} split are {bounds[0]:g}; AUC needs both 0 and 1")
 
 
 def _raise_id_error(dataset, split, f, low, high):
-    raise UserError(f"field {dataset.fields[f]} of the {split.name} split has ids from {low} to {high}, outside its table "
-                    f"[{dataset.offsets[f]}, {dataset.offsets[f + 1]}); check --table_size_array, or convert again")
+    raise UserError(f"field {dataset.fields[f]} of the {split.name} split has ids from {low} to {high}, expected "
+                    f"[{dataset.offsets[f]}, {dataset.offsets[f + 1]}); check --table_size_array or convert again")
 
 
 class Batch:
@@ -860,7 +861,8 @@ class DNN(nn.Module):
         num_hidden = len(self.hidden_units)
         if self.fused:
             layers = range(num_hidden + 1)
-            arguments = (x, [getattr(self, f"weight_{i}") for i in layers], [getattr(self, f"bias_{i}") for i in layers])
+            weights = [getattr(self, f"weight_{i}") for i in layers]
+            arguments = (x, weights, [getattr(self, f"bias_{i}") for i in layers])
             if self.training and self.dropout > 0:
                 rates = [self.dropout] * num_hidden + [0.0]
                 return flow._C.fused_matmul_bias_add_relu_dropout(*arguments, True, rates), []
@@ -976,7 +978,8 @@ class TrainGraph(nn.Graph):
     or clipping over all parameters makes their update dense, as in FuxiCTR.
     """
 
-    def __init__(self, model, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, amp=False, loss_scale_policy="static"):
+    def __init__(self, model, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, amp=False,
+                 loss_scale_policy="static"):
         super().__init__()
         self.model = model
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
@@ -1108,7 +1111,7 @@ class MetricsLog:
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.writer = SummaryWriter(folder, purge_step=None if resumed_step is None else resumed_step + 1)
 
     def write(self, event, step, **values):
@@ -1183,7 +1186,8 @@ class TableStore:
     def existing_folders(self):
         if not os.path.isdir(self.path):
             return []
-        return [os.path.join(self.path, name) for name in sorted(os.listdir(self.path)) if re.fullmatch(r"\d+-\d+", name)]
+        names = sorted(name for name in os.listdir(self.path) if re.fullmatch(r"\d+-\d+", name))
+        return [os.path.join(self.path, name) for name in names]
 
     def snapshots(self):
         return {name for folder in self.existing_folders() for name in _listdir(os.path.join(folder, "snapshots"))
@@ -1286,7 +1290,7 @@ class TableStore:
             width = _read_number(os.path.join(folder, "VALUE_SIZE")) // 4
             if width != SIZE_FACTOR * self.dim:
                 raise UserError(f"{folder} holds rows of {width} floats, expected {SIZE_FACTOR} x {self.dim}; check "
-                                "--embedding_vec_size, and that --persistent_path and --persistent_path_fm are not swapped")
+                                "--embedding_vec_size and the order of --persistent_path and --persistent_path_fm")
             with open(listing) as file:
                 total += sum(self._count_chunk(folder, name, line.strip()) for line in file)
         return total
@@ -1311,7 +1315,8 @@ class TableStore:
     def read_snapshot(self, name, processes):
         """Yield (keys int64 (n,), rows float32 (n, 3 * D)) of a snapshot that `processes` processes wrote."""
         reader = flow.one_embedding.make_persistent_table_reader(
-            self.folders(processes), name, flow.int64, flow.float, SIZE_FACTOR * self.dim, physical_block_size=BLOCK_SIZE)
+            self.folders(processes), name, flow.int64, flow.float, SIZE_FACTOR * self.dim,
+            physical_block_size=BLOCK_SIZE)
         for keys, rows in reader:
             known = keys < self.num_rows  # a table trained on CUDA also has the padding row
             yield keys[known], rows[known]
@@ -1425,7 +1430,7 @@ def publish(staging, names, folder):
 
 
 def clean_save_dir(folder):
-    """Undo what a kill interrupted: put a replaced checkpoint back if its successor is missing, drop unfinished ones."""
+    """Undo what a kill interrupted: put a replaced checkpoint back if its successor is missing, drop unfinished."""
     for name in _listdir(folder):
         path = os.path.join(folder, name)
         if name.startswith(".old-") and not os.path.exists(os.path.join(folder, name[5:])):
@@ -1599,7 +1604,8 @@ class Trainer:
                       "embedding_vec_size": args.embedding_vec_size, "dnn": args.dnn, "batch_norm": args.batch_norm},
             "run": {"run_id": self.run_id, "seed": args.seed, "batch_size": args.batch_size,
                     "net_dropout": args.net_dropout, "processes": world_size()},
-            "progress": {"step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "best": self.best},
+            "progress": {"step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
+                         "best": self.best},
             "plateau": self.plateau.state(),
             "tables": {name: {"path": os.path.abspath(store.path), "snapshot": snapshot, "processes": world_size(),
                               "rows": self.rows_on_this_disk(store, snapshot)} for name, store in self.stores.items()},
@@ -1634,7 +1640,7 @@ class Trainer:
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def prepare_snapshot(self, folder):
-        """Check a checkpoint against the arguments and find its snapshots; on CUDA put them where OneEmbedding looks."""
+        """Check a checkpoint against the arguments and its tables; on CUDA put those where OneEmbedding looks."""
         state = read_checkpoint(folder)
         self.check_compatible(state, folder)
         for name, store in self.stores.items():
@@ -1646,8 +1652,8 @@ class Trainer:
             source = self.store_with(name, saved)
             rows = source.count_rows(snapshot, processes)
             if saved["rows"] is not None and rows != saved["rows"]:
-                raise UserError(f"the table snapshot {snapshot} in {source.path} has {rows} rows, the checkpoint says "
-                                f"{saved['rows']}; use another checkpoint")
+                raise UserError(f"the table snapshot {snapshot} in {source.path} has {rows} rows, the checkpoint "
+                                f"says {saved['rows']}; use another checkpoint")
             if on_cuda:
                 store.write_snapshot(snapshot, source.read_snapshot(snapshot, processes) if rank() == 0 else ())
 
@@ -1756,13 +1762,13 @@ def prepare_new_run(args, stores):
         for name in find_checkpoints(save_dir):
             shutil.rmtree(os.path.join(save_dir, name))
     elif find_checkpoints(save_dir):
-        raise UserError(f"--model_save_dir {save_dir} holds checkpoints of another run; continue it with --resume, give "
-                        "another folder, or delete it with --overwrite_tables")
+        raise UserError(f"--model_save_dir {save_dir} holds checkpoints of another run; continue it with --resume, "
+                        "give another folder, or delete it with --overwrite_tables")
     for option, store in zip(("persistent_path", "persistent_path_fm"), stores.values()):
         if store.has_rows() and not args.model_load_dir:
-            raise UserError(f"--{option} {store.path} already holds rows of another run; continue it with --resume, start "
-                            "from a checkpoint with --model_load_dir, give another path, or delete the rows with "
-                            "--overwrite_tables")
+            raise UserError(f"--{option} {store.path} already holds rows of another run; continue it with --resume, "
+                            "start from a checkpoint with --model_load_dir, give another path, or delete the rows "
+                            "with --overwrite_tables")
         os.makedirs(store.path, exist_ok=True)
         store.remove_scratch()
     os.makedirs(save_dir, exist_ok=True)
@@ -1889,7 +1895,8 @@ def train_epoch(trainer, clock, log):
             bar.update()
             if trainer.step % args.loss_print_interval == 0 or trainer.step == args.train_batches:
                 log_step(trainer, check_finite(loss, trainer), clock, log)
-            if args.checkpoint_interval and trainer.step % args.checkpoint_interval == 0 and trainer.step_in_epoch < total:
+            due = args.checkpoint_interval and trainer.step % args.checkpoint_interval == 0
+            if due and trainer.step_in_epoch < total:  # at the end of the epoch the evaluation saves
                 check_finite(loss, trainer)
                 clock.stop()
                 trainer.save([f"step_{trainer.step}"])
@@ -2003,7 +2010,7 @@ def describe(trainer):
     """A few lines on what will run."""
     args, dataset = trainer.args, trainer.dataset
     threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "all"
-    print_rank0(f"OneFlow {flow.__version__}, device {args.device}, {world_size()} process(es), threads each: {threads} of "
+    print_rank0(f"OneFlow {flow.__version__}, device {args.device}, {world_size()} process(es), {threads} thread(s) each, "
                 f"{len(os.sched_getaffinity(0))} cores, BLAS: {BLAS or 'OneFlow built-in'}")
     counts = ", ".join(f"{name} {split.num_rows}" for name, split in dataset.splits.items())
     print_rank0(f"Data {args.data_dir}: {len(dataset.fields)} fields, rows {counts}, "
@@ -2016,9 +2023,9 @@ def describe(trainer):
     if args.device == "cpu":
         print_rank0(f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect")
         if args.embedding_l2 > 0 or args.max_grad_norm > 0:
-            print_rank0("--embedding_l2 or --max_grad_norm is set: every table row is updated in every step, as in FuxiCTR")
+            print_rank0("With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR")
     elif args.embedding_l2 > 0 or args.max_grad_norm > 0:
-        print_rank0("On CUDA --embedding_l2 decays looked-up rows only, --max_grad_norm clips the dense parameters only")
+        print_rank0("On CUDA --embedding_l2 decays looked-up rows only, --max_grad_norm clips dense parameters only")
     print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; tables on disk: {args.persistent_path}, "
                 f"{args.persistent_path_fm}; logs: {args.log_dir or 'none'}")
 

@@ -58,7 +58,8 @@ def trainer_command(data_dir, work_dir, *options, processes=1):
     script = [str(ROOT / "deepfm_train_eval.py")]
     if processes > 1:
         port = 20000 + os.getpid() % 20000
-        script = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes), "--master_port", str(port), *script]
+        launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
+        script = [*launch, *script]
     return [sys.executable, *script, "--data_dir", str(data_dir), "--persistent_path", str(Path(work_dir) / "tables"),
             "--persistent_path_fm", str(Path(work_dir) / "tables_fm"), "--device", "cpu", "--dnn", "8,8",
             "--embedding_vec_size", "4", "--batch_size", "64", "--learning_rate", "0.01", *map(str, options)]
@@ -68,7 +69,6 @@ def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120
     """Run it; returns (stdout, stderr)."""
     command = trainer_command(data_dir, work_dir, *options, processes=processes)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                            timeout=timeout)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     assert result.returncode == status, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout, result.stderr

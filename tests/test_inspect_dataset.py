@@ -1,0 +1,190 @@
+"""tools/inspect_dataset.py: its numbers against pandas, every kind of fault, exit status and output."""
+
+import json
+import shutil
+
+import inspect_dataset
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TABLE_SIZES, make_dataset
+
+OFFSETS = [0, 7, 18]
+FILE = "part-00000.parquet"
+
+
+def edit_info(folder, change):
+    info = json.loads((folder / "dataset_info.json").read_text())
+    change(info)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def edit_split(folder, split, change):
+    """change: gets the split as a DataFrame, and may return one."""
+    frame = pd.read_parquet(folder / split / FILE)
+    result = change(frame)
+    pq.write_table(pa.Table.from_pandas(frame if result is None else result, preserve_index=False),
+                   folder / split / FILE, row_group_size=50)
+
+
+def run(capsys, folder, *options):
+    """(exit status, standard output, lines on standard error)"""
+    status = inspect_dataset.main([str(folder), *options])
+    output = capsys.readouterr()
+    return status, output.out, output.err.splitlines()
+
+
+@pytest.fixture
+def x4_dir(dataset_dir):
+    edit_info(dataset_dir, lambda info: info["source"].update(encoding="x4"))
+    return dataset_dir
+
+
+@pytest.mark.parametrize("slice_rows", [13, 1 << 18])
+def test_numbers_are_those_of_pandas(x4_dir, capsys, monkeypatch, slice_rows):
+    monkeypatch.setattr(inspect_dataset, "SLICE_ROWS", slice_rows)
+    status, out, errors = run(capsys, x4_dir, "--json")
+    assert (status, errors) == (0, [])
+    result = json.loads(out)
+    frames = {split: pd.read_parquet(x4_dir / split) for split in ("train", "val", "test")}
+    for split, frame in frames.items():
+        assert result["splits"][split] == {"rows": len(frame), "files": 1, "row_groups": -(-len(frame) // 51),
+                                           "label_rate": pytest.approx(frame["Label"].mean())}
+    assert [field["table_size"] for field in result["fields"]] == TABLE_SIZES
+    assert any(field["new"]["val"] > 0 for field in result["fields"])
+    for field, offset in zip(result["fields"], OFFSETS):
+        train = frames["train"][field["name"]]
+        assert (field["seen"], field["outside"]) == (train.nunique(), 0)
+        assert field["top"] == pytest.approx(train.value_counts(normalize=True).iloc[0])
+        last = offset + field["table_size"] - 1
+        for split, frame in frames.items():
+            assert field["oov"][split] == pytest.approx((frame[field["name"]] == last).mean())
+        for split in ("val", "test"):
+            assert field["new"][split] == pytest.approx((~frames[split][field["name"]].isin(train)).mean())
+
+
+def test_both_ways_of_counting():
+    ids = np.random.default_rng(0).integers(0, 90, 1000)
+    for size in (90, 100_000):  # bincount, then sorting
+        counts = np.ones(size, np.int32)
+        inspect_dataset.add_counts(counts, ids)
+        assert [counts[i] for i in range(90)] == [1 + int((ids == i).sum()) for i in range(90)]
+        assert counts.sum() == size + 1000
+
+
+@pytest.mark.parametrize("encoding, expected", [("x4", 9), ("FuxiCTR 2.3", 9), ("FuxiCTR 1.0-1.2", 0), ("hash", None),
+                                                (None, None)])
+def test_out_of_vocabulary_id(encoding, expected):
+    assert inspect_dataset.oov_id(encoding, 10) == expected
+
+
+def test_table_on_the_terminal(x4_dir, capsys):
+    edit_info(x4_dir, lambda info: info["fields"][1].update(name="a_field_with_a_very_long_name"))
+    for split in ("train", "val", "test"):
+        edit_split(x4_dir, split, lambda frame: frame.rename(columns={"f1": "a_field_with_a_very_long_name"}))
+    status, out, _ = run(capsys, x4_dir)
+    lines = out.splitlines()
+    assert status == 0 and max(map(len, lines)) <= 120
+    assert lines[1].split()[:2] == ["train", "403"] and lines[-1] == "nothing wrong"
+    table = lines[5:9]
+    assert len({len(line) for line in table}) == 1 and "a_field_with_a_..." in table[2]
+    assert table[1].split()[:3] == ["f0", "7", "7"]
+
+
+def test_wide_numbers_fit_the_terminal():
+    field = {"name": "x" * 50, "table_size": 40_000_000, "seen": 39_000_000, "top": 1.0, "outside": 45_000_000,
+             "oov": {"train": 1.0, "val": 1.0, "test": 1.0}, "new": {"val": 1.0, "test": 1.0}}
+    result = {"splits": {}, "fields": [field] * 39, "encoding": "FuxiCTR 1.0-1.2"}
+    assert max(map(len, inspect_dataset.text_of(result).splitlines())) <= 120
+
+
+def set_cell(column, value):
+    def change(frame):
+        frame.loc[3, column] = value
+    return change
+
+
+@pytest.mark.parametrize("split, change, message", [
+    ("val", set_cell("f1", 18), "field f1 of the val split has ids from 7 to 18, expected [7, 18)"),
+    ("test", set_cell("f2", -5), "field f2 of the test split has ids from -5 to 57, expected [18, 58)"),
+    ("train", set_cell("Label", 0.5), "the train split has a label 0.5, expected only 0 and 1"),
+    ("val", lambda frame: frame.assign(Label=1.0), "all labels of the val split are 1; AUC needs both 0 and 1"),
+    ("test", lambda frame: frame[5:], "the test split has 92 rows, dataset_info.json says 97"),
+    ("val", lambda frame: frame.astype({"f0": float}),
+     "field f0 of the val split is of type double, expected integers"),
+    ("val", lambda frame: frame.assign(f0=frame["f0"].astype("Int32").mask(frame["f1"] == 7)),
+     "column f0 of the val split lacks 35 values; convert it again"),
+    ("val", lambda frame: frame.drop(columns="f2"), "the val split does not have Label and the fields of train: f2 (1)"
+                                                    " are only in one of them"),
+])
+def test_faults_in_the_files(dataset_dir, capsys, split, change, message):
+    edit_split(dataset_dir, split, change)
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1
+    assert f"error: {message}" in errors
+    result = json.loads(run(capsys, dataset_dir, "--json")[1])
+    assert message in result["problems"]
+
+
+def test_rows_outside_are_counted(dataset_dir, capsys):
+    edit_split(dataset_dir, "train", lambda frame: frame.assign(f1=frame["f1"] + 5))
+    outside = int((pd.read_parquet(dataset_dir / "train")["f1"] >= 18).sum())
+    fields = json.loads(run(capsys, dataset_dir, "--json")[1])["fields"]
+    assert outside > 0 and [field["outside"] for field in fields] == [0, outside, 0]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda info: info["fields"][2].update(offset=17), "gives field f2 the offset 17, expected 18, the sum of"),
+    (lambda info: info["num_samples"].update(val=100), "the val split has 101 rows, dataset_info.json says 100"),
+    (lambda info: info["fields"][0].update(table_size=0), "is not a dataset description"),
+    (lambda info: info["fields"][0].update(name="g"), "dataset_info.json names the fields g, f1, f2 (3), the files"),
+    (lambda info: info.update(label="click"), "names the label click, the trainer reads Label"),
+    (lambda info: info.pop("num_samples"), "is not a dataset description (KeyError('num_samples'))"),
+])
+def test_faults_in_the_description(dataset_dir, capsys, change, message):
+    edit_info(dataset_dir, change)
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1
+    assert any(message in line for line in errors), errors
+
+
+def test_unreadable_files(dataset_dir, capsys):
+    path = dataset_dir / "val" / FILE
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    status, out, errors = run(capsys, dataset_dir)
+    assert status == 1 and "f0" in out  # the other splits are shown
+    assert sum(f"{path} is not a readable parquet file" in line for line in errors) == 1
+    # the metadata is fine, but not the data
+    path.write_bytes(content[:4] + b"\xff" * (len(content) // 2) + content[4 + len(content) // 2:])
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1 and sum(str(path) in line for line in errors) == 1, errors
+
+
+def test_missing_folders(dataset_dir, capsys, tmp_path):
+    assert run(capsys, tmp_path / "none") == (
+        1, "", [f"error: {tmp_path}/none is not a folder; it should hold train/, val/ and test/"])
+    shutil.rmtree(dataset_dir / "test")
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1 and any(f"no *.parquet files in {dataset_dir}/test" in line for line in errors)
+
+
+def test_dataset_without_description(tmp_path, capsys):
+    folder = make_dataset(tmp_path / "data", info=False)
+    status, out, errors = run(capsys, folder)
+    assert status == 1 and "train" in out
+    assert errors == ["error: there is no usable dataset_info.json; give --table_size_array, the rows of each field's "
+                      "table"]
+    assert run(capsys, folder, "--table_size_array", "7,11")[0] == 1
+    status, out, _ = run(capsys, folder, "--table_size_array", "7,11,40")
+    assert status == 0 and "encoding: not known" in out
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    for options in ([], [str(tmp_path), "--table_size_array", "7,0"], [str(tmp_path), "--nope"]):
+        with pytest.raises(SystemExit) as stop:
+            inspect_dataset.main(options)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,330 @@
+#!/usr/bin/env python3
+"""Show what is in a dataset before training on it, and check every row.
+
+    python tools/inspect_dataset.py data/criteo_sample
+
+prints a line per split, a line per field and what is wrong, if anything is:
+
+    split     rows  label 1 %  files  row groups
+    train  200,000      24.85      1           8
+    val     25,000      24.85      1           8
+    test    25,000      24.85      1           8
+
+    field  table size   seen  seen %  top id %  OOV % train    val   test  new % val  test  outside
+    I1             26     25   96.15     70.61        70.61  70.58  70.20       0.00  0.00        0
+    I2             82     81   98.78     13.58         5.14   5.16   5.18       0.00  0.00        0
+    ...
+    C26           740    739   99.86     54.49        54.49  55.27  55.30       0.00  0.00        0
+
+    39 fields, encoding: x4
+    tables: 21,451 rows, 21,407 of them seen in train; 4.2 MiB with Adam's moments and --embedding_vec_size 16
+    nothing wrong
+
+Columns: `seen` counts the distinct ids of the train split, `top id` is the share of the most frequent one of them,
+`OOV` the share of rows with the id that the encoding gives to all values outside its vocabulary (- where it has none),
+`new` the share of rows with an id that no train row has (its table row is never trained), `outside` counts the rows of
+all splits with an id outside the field's table. Shares are in per cent.
+
+One column is read at a time in slices; memory grows with the largest table only (4 bytes per row of it). Exit status:
+0 when the trainer can use the dataset, 1 when something is wrong (one line for each thing), 2 for wrong arguments.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from parquet_common import LABEL, SPLITS, make_fields
+from tqdm import tqdm
+
+SLICE_ROWS = 1 << 18  # rows of one column in memory
+VECTOR = 16 + 1  # floats per id with the trainer's default --embedding_vec_size, first-order weight included
+ADAM = 3  # floats kept per float: itself and its two moments
+LONGEST_NAME = 18  # characters of a field's name in the table
+
+
+class Split:
+    """The readable parquet files of one split.
+
+    Attributes: name, files, num_rows, row_groups, columns {name: type}.
+    """
+
+    def __init__(self, folder, name, problems):
+        self.name, self.problems, self.files, self.columns = name, problems, [], {}
+        self.num_rows = self.row_groups = 0
+        paths = sorted(Path(folder).glob("*.parquet"))
+        if not paths:
+            problems.append(f"no *.parquet files in {folder}; convert the data again or check DATA_DIR")
+        for path in paths:
+            self.add(path)
+        if paths and self.num_rows == 0:
+            problems.append(f"the {name} split in {folder} has no rows; convert the data again")
+
+    def add(self, path):
+        try:
+            metadata = pq.read_metadata(path)
+            schema = metadata.schema.to_arrow_schema()
+        except (pa.ArrowException, OSError) as error:
+            self.problems.append(unreadable(path, error))
+            return
+        columns = dict(zip(schema.names, schema.types))
+        if self.files and columns != self.columns:
+            different = sorted({name for name, _ in columns.items() ^ self.columns.items()})
+            self.problems.append(f"{path} has other columns or types than {self.files[0]}: {shorten(different)}")
+            return
+        self.columns = columns
+        self.files.append(path)
+        self.num_rows += metadata.num_rows
+        self.row_groups += metadata.num_row_groups
+
+    def slices(self, column):
+        """Yield the column's values, up to SLICE_ROWS at a time, without missing ones. A broken file is left out."""
+        missing = 0
+        for path in list(self.files):
+            try:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(SLICE_ROWS, columns=[column]):
+                        values = batch.column(0)
+                        missing += values.null_count
+                        yield values.drop_null().to_numpy(zero_copy_only=False)
+            except (pa.ArrowException, OSError) as error:
+                self.problems.append(unreadable(path, error))
+                self.files.remove(path)
+        if missing:
+            self.problems.append(f"column {column} of the {self.name} split lacks {missing} values; convert it again")
+
+
+def unreadable(path, error):
+    return f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); convert or copy it again"
+
+
+def shorten(names):
+    names = list(names)
+    return ", ".join(names if len(names) <= 6 else names[:3] + ["..."] + names[-2:]) + f" ({len(names)})"
+
+
+# -------------------------------------------------------------------------------------------------------- descriptions
+
+
+def read_info(data_dir, problems):
+    """dataset_info.json, or {} where it is missing or wrong."""
+    path = data_dir / "dataset_info.json"
+    if not path.exists():
+        return {}
+    try:
+        info = json.loads(path.read_text())
+        fields = make_fields([f["name"] for f in info["fields"]], [int(f["table_size"]) for f in info["fields"]])
+        if any(field["table_size"] < 1 for field in fields):
+            raise ValueError("a table_size below 1")
+        samples = {split: int(info["num_samples"][split]) for split in SPLITS}
+        offsets = [int(f["offset"]) for f in info["fields"]]
+        source, label = dict(info.get("source") or {}), info["label"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"{path} is not a dataset description ({error!r}); convert the data again")
+        return {}
+    for field, offset in zip(fields, offsets):
+        if field["offset"] != offset:
+            problems.append(f"{path} gives field {field['name']} the offset {offset}, expected {field['offset']}, the "
+                            "sum of the table sizes before it")
+    if label != LABEL:
+        problems.append(f"{path} names the label {label}, the trainer reads {LABEL}")
+    return {"fields": fields, "num_samples": samples, "encoding": source.get("encoding")}
+
+
+def find_fields(info, splits, table_sizes, problems):
+    """[{name, table_size, offset}] of the fields, from dataset_info.json or the files and --table_size_array."""
+    names = [name for name in splits["train"].columns if name != LABEL]
+    for split in splits.values():
+        if split.files and set(split.columns) != {LABEL, *names}:
+            different = sorted(set(split.columns) ^ {LABEL, *names})
+            problems.append(f"the {split.name} split does not have {LABEL} and the fields of train: "
+                            f"{shorten(different)} are only in one of them")
+    if info:
+        sizes = [field["table_size"] for field in info["fields"]]
+        if table_sizes and table_sizes != sizes:
+            problems.append("--table_size_array differs from the table sizes in dataset_info.json; leave it out")
+        if names != [field["name"] for field in info["fields"]]:
+            known = [field["name"] for field in info["fields"]]
+            problems.append(f"dataset_info.json names the fields {shorten(known)}, the files have {shorten(names)}")
+        return info["fields"]
+    if not table_sizes:
+        problems.append("there is no usable dataset_info.json; give --table_size_array, the rows of each field's table")
+        return []
+    if len(table_sizes) != len(names):
+        problems.append(f"--table_size_array has {len(table_sizes)} values, expected {len(names)}: {shorten(names)}")
+        return []
+    return make_fields(names, table_sizes)
+
+
+def oov_id(encoding, table_size):
+    """The id within a field that stands for all values outside the vocabulary; None where there is no such id.
+
+    FuxiCTR 1.x has 0 for it (fuxictr/preprocess.py), 2.x the last id (fuxictr/preprocess/tokenizer.py).
+    """
+    if encoding and encoding.startswith("FuxiCTR 1"):
+        return 0
+    return table_size - 1 if encoding and encoding.startswith(("x4", "FuxiCTR 2")) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def inspect_split(split, info, problems):
+    """{"rows", "files", "row_groups", "label_rate"}; reads the labels."""
+    expected = info["num_samples"][split.name] if info else split.num_rows
+    if split.num_rows != expected:
+        problems.append(f"the {split.name} split has {split.num_rows} rows, dataset_info.json says {expected}")
+    ones = zeros = wrong = 0
+    for labels in split.slices(LABEL) if LABEL in split.columns else ():
+        ones += int(np.count_nonzero(labels == 1))
+        zeros += int(np.count_nonzero(labels == 0))
+        bad = labels[(labels != 0) & (labels != 1)]
+        if len(bad) and not wrong:
+            problems.append(f"the {split.name} split has a label {bad[0]}, expected only 0 and 1")
+        wrong += len(bad)
+    if not wrong and (ones == 0) != (zeros == 0):
+        problems.append(f"all labels of the {split.name} split are {int(ones > 0)}; AUC needs both 0 and 1")
+    return {"rows": split.num_rows, "files": len(split.files), "row_groups": split.row_groups,
+            "label_rate": ones / (ones + zeros) if ones + zeros else None}
+
+
+def inspect_field(field, oov, splits, problems):
+    """Statistics of one field as --json shows them; oov: id within the field, or None."""
+    size, offset = field["table_size"], field["offset"]
+    counts = np.zeros(size, np.int32)  # by id, over train
+    result = {**field, "oov": {}, "new": {}, "outside": 0}
+    for split in splits.values():
+        if not pa.types.is_integer(split.columns.get(field["name"], pa.null())):
+            if field["name"] in split.columns:
+                problems.append(f"field {field['name']} of the {split.name} split is of type "
+                                f"{split.columns[field['name']]}, expected integers")
+            continue
+        rows = num_oov = num_new = 0
+        low, high = offset, offset + size - 1
+        for ids in split.slices(field["name"]):
+            low, high = min(low, int(ids.min(initial=low))), max(high, int(ids.max(initial=high)))
+            local = ids.astype(np.int64) - offset
+            inside = local[(local >= 0) & (local < size)]
+            result["outside"] += len(local) - len(inside)
+            if split.name == "train":
+                add_counts(counts, inside)
+            rows += len(inside)
+            num_oov += int(np.count_nonzero(inside == oov)) if oov is not None else 0
+            num_new += int(np.count_nonzero(counts[inside] == 0))
+        if (low, high) != (offset, offset + size - 1):
+            problems.append(f"field {field['name']} of the {split.name} split has ids from {low} to {high}, expected "
+                            f"[{offset}, {offset + size})")
+        result["oov"][split.name] = num_oov / rows if rows and oov is not None else None
+        if split.name != "train":
+            result["new"][split.name] = num_new / rows if rows else None
+    total = int(counts.sum(dtype=np.int64))
+    result["seen"] = int(np.count_nonzero(counts))
+    result["top"] = int(counts.max(initial=0)) / total if total else None
+    return result
+
+
+def add_counts(counts, ids):
+    if len(counts) <= 8 * len(ids):
+        counts += np.bincount(ids, minlength=len(counts)).astype(counts.dtype)
+    else:  # a count of every id of a large table would take longer than sorting the few that are here
+        found, times = np.unique(ids, return_counts=True)
+        counts[found] += times.astype(counts.dtype)
+
+
+def inspect(data_dir, table_sizes=None):
+    """Everything that --json shows."""
+    data_dir, problems = Path(data_dir), []
+    result = {"data_dir": str(data_dir), "problems": problems, "encoding": None, "splits": {}, "fields": []}
+    if not data_dir.is_dir():
+        problems.append(f"{data_dir} is not a folder; it should hold train/, val/ and test/")
+        return result
+    info = read_info(data_dir, problems)
+    result["encoding"] = info.get("encoding")
+    splits = {name: Split(data_dir / name, name, problems) for name in SPLITS}
+    fields = find_fields(info, splits, table_sizes, problems)
+    result["splits"] = {name: inspect_split(split, info, problems) for name, split in splits.items()}
+    for field in tqdm(fields, unit=" fields", leave=False, disable=not sys.stderr.isatty()):
+        oov = oov_id(result["encoding"], field["table_size"])
+        result["fields"].append(inspect_field(field, oov, splits, problems))
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def percent(share):
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def aligned(rows):
+    """Lines of a table: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def field_row(field):
+    name = field["name"] if len(field["name"]) <= LONGEST_NAME else field["name"][:LONGEST_NAME - 3] + "..."
+    return [name, f"{field['table_size']:,}", f"{field['seen']:,}", percent(field["seen"] / field["table_size"]),
+            percent(field["top"]), *(percent(field["oov"].get(split)) for split in SPLITS),
+            *(percent(field["new"].get(split)) for split in SPLITS[1:]), f"{field['outside']:,}"]
+
+
+def text_of(result):
+    splits, fields = result["splits"], result["fields"]
+    lines = aligned([["split", "rows", "label 1 %", "files", "row groups"]] + [
+        [name, f"{split['rows']:,}", percent(split["label_rate"]), str(split["files"]), str(split["row_groups"])]
+        for name, split in splits.items()]) if splits else []
+    if fields:
+        heads = ["field", "table size", "seen", "seen %", "top id %", "OOV % train", "val", "test", "new % val", "test",
+                 "outside"]
+        lines += ["", *aligned([heads, *map(field_row, fields)])]
+        size, seen = (sum(field[name] for field in fields) for name in ("table_size", "seen"))
+        lines += ["", f"{len(fields)} fields, encoding: {result['encoding'] or 'not known'}",
+                  f"tables: {size:,} rows, {seen:,} of them seen in train; {size * VECTOR * ADAM * 4 / 2**20:,.1f} MiB "
+                  f"with Adam's moments and --embedding_vec_size {VECTOR - 1}"]
+    return "\n".join(lines)
+
+
+def int_list(text):
+    """An argparse type: '10,20' -> [10, 20]"""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of positive integers")
+    return [int(part) for part in parts]
+
+
+class Parser(argparse.ArgumentParser):
+    """One line per mistake and exit status 2."""
+
+    def error(self, message):
+        sys.stderr.write(f"error: {message} (see --help)\n")
+        sys.exit(2)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("data_dir", metavar="DATA_DIR", help="folder with train/, val/ and test/ parquet shards")
+    parser.add_argument("--table_size_array", type=int_list,
+                        help="rows of every field's table, comma-separated; only needed without dataset_info.json")
+    parser.add_argument("--json", action="store_true", help="print a JSON object (with shares from 0 to 1) instead")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    result = inspect(args.data_dir, args.table_size_array)
+    text = json.dumps(result, indent=1) if args.json else text_of(result)
+    if text:
+        print(text, flush=True)
+    for problem in result["problems"]:
+        sys.stderr.write(f"error: {problem}\n")
+    if not args.json and not result["problems"]:
+        print("nothing wrong")
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -89,7 +89,7 @@ def test_table_on_the_terminal(x4_dir, capsys):
     assert status == 0 and max(map(len, lines)) <= 120
     assert lines[1].split()[:2] == ["train", "403"] and lines[-1] == "nothing wrong"
     table = lines[5:9]
-    assert len({len(line) for line in table}) == 1 and "a_field_with_a_..." in table[2]
+    assert len({len(line) for line in table}) == 1 and "a_field_with_..." in table[2]
     assert table[1].split()[:3] == ["f0", "7", "7"]
 
 

@@ -17,7 +17,7 @@ prints a line per split, a line per field and what is wrong, if anything is:
     C26           740    739   99.86     54.49        54.49  55.27  55.30       0.00  0.00        0
 
     39 fields, encoding: x4
-    tables: 21,451 rows, 21,407 of them seen in train; 4.2 MiB with Adam's moments and --embedding_vec_size 16
+    tables: 21,451 rows, 21,407 seen in train; 4.2 MiB with Adam's moments and --embedding_vec_size 16
     nothing wrong
 
 Columns: `seen` counts the distinct ids of the train split, `top id` is the share of the most frequent one of them,
@@ -43,7 +43,7 @@ from tqdm import tqdm
 SLICE_ROWS = 1 << 18  # rows of one column in memory
 VECTOR = 16 + 1  # floats per id with the trainer's default --embedding_vec_size, first-order weight included
 ADAM = 3  # floats kept per float: itself and its two moments
-LONGEST_NAME = 18  # characters of a field's name in the table
+LONGEST_NAME = 16  # characters of a field's name in the table
 
 
 class Split:
@@ -283,7 +283,7 @@ def text_of(result):
         lines += ["", *aligned([heads, *map(field_row, fields)])]
         size, seen = (sum(field[name] for field in fields) for name in ("table_size", "seen"))
         lines += ["", f"{len(fields)} fields, encoding: {result['encoding'] or 'not known'}",
-                  f"tables: {size:,} rows, {seen:,} of them seen in train; {size * VECTOR * ADAM * 4 / 2**20:,.1f} MiB "
+                  f"tables: {size:,} rows, {seen:,} seen in train; {size * VECTOR * ADAM * 4 / 2**20:,.1f} MiB "
                   f"with Adam's moments and --embedding_vec_size {VECTOR - 1}"]
     return "\n".join(lines)
 

@@ -117,7 +117,7 @@ def test_command(work_dir):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=work_dir)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("val AUC 0.") and lines[0].endswith(f"{ROWS} rows, 2 permutations per field")
+    assert lines[0].startswith("val AUC 0.") and lines[0].endswith(f"{ROWS} rows, permutations per field: 2")
     assert lines[2].split()[0] == "field" and len({len(line) for line in lines[2:7]}) == 1
     drops = [float(line.split()[1]) for line in lines[3:7]]
     assert drops == sorted(drops, reverse=True) and {line.split()[0] for line in lines[3:5]} == {"f0", "f1"}

@@ -6,7 +6,7 @@
 
 prints the val metrics, then the fields, the most important first:
 
-    val AUC 0.791952, logloss 0.457976, 25000 rows, 3 permutations per field
+    val AUC 0.791952, logloss 0.457976, 25000 rows, permutations per field: 3
 
     field   AUC drop        +-  logloss rise        +-
     C17     0.076199  0.001136      0.082661  0.001488
@@ -204,7 +204,7 @@ def run(args):
     trainer = load(args)
     ids, labels = read_ids(trainer.dataset, trainer.dataset.splits["val"], args.max_rows)
     (auc, logloss), changes = importance(partial(score, trainer), ids, labels, args.repeats, args.seed)
-    title = f"val AUC {auc:.6f}, logloss {logloss:.6f}, {len(labels)} rows, {args.repeats} permutations per field"
+    title = f"val AUC {auc:.6f}, logloss {logloss:.6f}, {len(labels)} rows, permutations per field: {args.repeats}"
     rows = sort_fields(trainer.dataset.fields, changes)
     print(f"{title}\n\n{table_text(rows)}", flush=True)
     if args.output:

@@ -53,6 +53,13 @@ def test_writer_adds_offsets_and_keeps_rows_in_order(tmp_path, monkeypatch):
     assert (table["Label"].to_numpy() == label).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_writer_adds_offsets_in_the_type_of_the_result(tmp_path, dtype):
+    with SplitWriter(tmp_path, "val", make_fields(["a", "b"], [300, 300]), 2) as writer:
+        writer.write(np.zeros(2), [np.array([1, 255], dtype), np.array([2, 254], dtype)])
+    assert pq.read_table(tmp_path / "val")["b"].to_pylist() == [302, 554]
+
+
 @pytest.mark.parametrize("rows", [9, 11])
 def test_writer_refuses_another_number_of_rows(tmp_path, rows):
     with pytest.raises(DataError, match="10"), SplitWriter(tmp_path, "val", make_fields(["a"], [9]), 10) as writer:

@@ -289,7 +289,7 @@ class SplitWriter:
             to, come = slice(self.filled, self.filled + take), slice(done, done + take)
             self.labels[to] = labels[come]
             for ids, local, offset in zip(self.ids, local_ids, self.offsets):
-                np.add(local[come], offset, out=ids[to], casting="unsafe")
+                np.add(local[come], offset, out=ids[to], dtype=self.id_dtype, casting="unsafe")
             self.filled += take
             done += take
             if self.filled == len(self.labels):
@@ -306,7 +306,8 @@ class SplitWriter:
 
     def _write_group(self, name, table, last):
         if self.file is None:
-            self.file = pq.ParquetWriter(str(self.folder / name), self.schema)
+            # without dictionaries Criteo's rows take 8 MB instead of 7, and twice as many are written in a second
+            self.file = pq.ParquetWriter(str(self.folder / name), self.schema, use_dictionary=False)
         self.file.write_table(table, row_group_size=table.num_rows)
         if last:
             self.file.close()

@@ -1,23 +1,34 @@
 #!/usr/bin/env python3
 """Measure the parts of this package on this machine.
 
+    python tools/benchmark.py step --peer /path/to/python/with/torch --plot step.png
+    python tools/benchmark.py step --device cuda
+    python tools/benchmark.py loader
+    python tools/benchmark.py eval
+    python tools/benchmark.py scale
+    python tools/benchmark.py scale --save_rows 10000000
     python tools/benchmark.py convert --num_rows 500000 --peer /path/to/python/with/fuxictr
 
 prints a table, one line per job, of medians over --repeats runs; the jobs take turns, so that a slow spell of the
-machine hits all of them. --json FILE keeps every single measurement.
+machine hits all of them. --json FILE keeps every single measurement. Training runs are those of the launcher,
+train_deepfm_criteo_x4.sh, on synthetic data; its environment variables (VENV, OMP_NUM_THREADS, DEEPFM_BLAS) work here.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
+LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
 
 # ------------------------------------------------------------------------------------------------------ shared pieces
 
@@ -53,7 +64,7 @@ def write_json(path, results):
         Path(path).write_text(json.dumps(results, indent=2) + "\n")
 
 
-def run_measured(command):
+def run_measured(command, **options):
     """Run a command that prints {"seconds": ...} as its last line; returns that dict with process_seconds and peak_mb.
 
     process_seconds is the whole process with its start and imports, peak_mb the largest resident size of the process
@@ -61,7 +72,7 @@ def run_measured(command):
     """
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = status
@@ -211,6 +222,588 @@ def convert(args):
     write_json(args.json, [{"job": tool, "rows": num, "runs": runs} for (tool, num), runs in results.items()])
 
 
+# -------------------------------------------------------------------------------------- training runs on synthetic data
+
+
+def make_dataset(folder, rows, fields, table_rows):
+    """A dataset for the trainer in folder: `rows` = (train, val, test), `fields` tables of `table_rows` together.
+
+    Ids are log-uniform in their table: few are frequent and many are rare, as in Criteo.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    sizes = [table_rows // fields + (f < table_rows % fields) for f in range(fields)]
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    counts = {}
+    for split, num_rows in zip(("train", "val", "test"), rows):
+        groups = 8 * -(-num_rows // 400_000)
+        group_rows = -(-num_rows // groups)
+        counts[split] = groups * group_rows
+        (folder / split).mkdir(parents=True)
+        with pq.ParquetWriter(folder / split / "part-00000.parquet", dataset_schema(fields)) as writer:
+            for _ in range(groups):
+                columns = [(rng.random(group_rows) < 0.25).astype(np.float32)]
+                columns[0][:2] = 0, 1  # both labels
+                for size, offset in zip(sizes, offsets):
+                    local = np.minimum(np.power(float(size), rng.random(group_rows)).astype(np.int32), size) - 1
+                    columns.append((local + offset).astype(np.int32))
+                writer.write_table(pa.table(columns, schema=dataset_schema(fields)))
+    info = [{"name": f"f{f}", "table_size": size, "offset": int(offset)}
+            for f, (size, offset) in enumerate(zip(sizes, offsets))]
+    (folder / "dataset_info.json").write_text(json.dumps({"fields": info, "num_samples": counts}))
+
+
+def dataset_schema(fields):
+    import pyarrow as pa
+
+    return pa.schema([("Label", pa.float32())] + [(f"f{f}", pa.int32()) for f in range(fields)])
+
+
+def steps_plan(steps):
+    """(steps between two log lines, steps of the run); the first line, with compilation and warm-up, is not counted."""
+    interval = max(1, steps // 4)
+    return interval, interval * (1 + -(-steps // interval))
+
+
+def rows_for(batch_size, steps):
+    """Training rows with which the reader is still at work when the last step runs: its pool has 2^19 rows."""
+    return batch_size * (steps_plan(steps)[1] + 4) + (0 if batch_size * steps < 50_000 else 1 << 19)
+
+
+def model_options(dnn, net_dropout, updates):
+    """updates: "recipe" leaves L2 and clipping to the launcher (every row moves), "lazy" moves looked-up rows only."""
+    lazy = ["--embedding_l2", "0", "--max_grad_norm", "0"] if updates == "lazy" else []
+    return ["--dnn", ",".join(map(str, dnn)), "--net_dropout", str(net_dropout), *lazy]
+
+
+def train(data_dir, options, interval, steps, processes=None, last_event=("train", 1), timeout=3000):
+    """Run the launcher until metrics.jsonl has `last_event` = (event, number of such lines), then end it.
+
+    Returns {"ms_per_step", "samples_per_second": means without the first line, "first_line_seconds": from the start,
+    "peak_mb": sum over the trainer's processes, "processes", "threads", "lines": of metrics.jsonl}.
+    Raises RuntimeError with the trainer's last messages when it ends before.
+    """
+    environment = {**os.environ, "DATA_DIR": str(data_dir)}
+    if processes:
+        environment["DEVICE_NUM_PER_NODE"] = str(processes)
+    with tempfile.TemporaryDirectory(dir=Path(data_dir).parent) as work, open(Path(work) / "output", "w+") as output:
+        metrics = Path(work) / "logs" / "metrics.jsonl"
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            ["bash", LAUNCHER, "--persistent_path", f"{work}/tables", "--persistent_path_fm", f"{work}/tables_fm",
+             "--log_dir", f"{work}/logs", "--loss_print_interval", str(interval), "--train_batches", str(steps),
+             *options], cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            first = None
+            while True:
+                ended = process.poll() is not None
+                lines = read_metrics(metrics)
+                first = first or (time.perf_counter() - start if lines else None)
+                if sum(line["event"] == last_event[0] for line in lines) >= last_event[1]:
+                    break
+                if ended or time.perf_counter() - start > timeout:
+                    output.seek(0)
+                    raise RuntimeError("the training run failed:\n" + "".join(output.readlines()[-15:]))
+                time.sleep(0.02)
+            peak = peak_memory(process.pid)
+        finally:
+            end(process)
+        output.seek(0)
+        found = re.search(r"(\d+) process\(es\) on this node, (\d+) thread", output.read())
+    counted = [line for line in lines if line["event"] == "train"][1:] or lines[:1]
+    ms = statistics.mean(line["ms_per_step"] for line in counted)
+    batch_size = counted[0]["samples_per_second"] * counted[0]["ms_per_step"] / 1000
+    return {"ms_per_step": ms, "samples_per_second": 1000 * batch_size / ms, "first_line_seconds": first,
+            "peak_mb": peak, "processes": int(found[1]), "threads": int(found[2]), "lines": lines}  # fmt: skip
+
+
+def read_metrics(path):
+    """The complete lines of a metrics.jsonl that is being written."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def peak_memory(launcher_pid):
+    """Sum of the largest resident sizes, in MB, of the trainer's processes below the launcher."""
+    import psutil
+
+    total = 0
+    for process in psutil.Process(launcher_pid).children(recursive=True):
+        command = process.cmdline()
+        if process.name().startswith("python") and "oneflow.distributed.launch" not in command:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            total += int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return total
+
+
+def end(process, patience=60):
+    """Stop the launcher with all its processes."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in children:
+        if child.is_running():
+            child.kill()
+
+
+def training_job(work, updates, args, **options):
+    """A function that runs the trainer on the dataset in work with the settings of args and the names in options."""
+    setting = {**vars(args), **options}
+    interval, steps = steps_plan(setting["steps"])
+    arguments = [*model_options(setting["dnn"], setting["net_dropout"], updates), "--batch_size",
+                 str(setting["batch_size"]), *setting.get("more", ["--device", "cpu"])]  # fmt: skip
+    return lambda: train(work / "data", arguments, interval, steps, setting["processes"], ("train", steps // interval))
+
+
+def worker(name, spec):
+    """Run one of WORKERS in a process of its own; see `run_measured`."""
+    return run_measured([sys.executable, Path(__file__).resolve(), name, json.dumps(spec)])
+
+
+def open_trainer(spec):
+    """(the trainer's module, a Trainer for a new run) in this process; spec: data_dir, work_dir, options."""
+    module = import_trainer()
+    args = module.parse_args(
+        ["--data_dir", spec["data_dir"], "--persistent_path", f"{spec['work_dir']}/tables",
+         "--persistent_path_fm", f"{spec['work_dir']}/tables_fm", "--overwrite_tables", *spec["options"]])  # fmt: skip
+    return module, module.start_run(args, module.read_dataset(args))[0]
+
+
+def import_trainer():
+    sys.path.insert(0, str(TOOLS.parent))
+    import deepfm_train_eval
+
+    return deepfm_train_eval
+
+
+# ----------------------------------------------------------------------------------------------------------------- step
+
+# What FuxiCTR does, written down plainly: dense gradients for the tables and torch.optim.Adam over all parameters,
+# with "recipe" also the L2 term over both tables and clipping of the global gradient norm. To its advantage one table
+# instead of one per field, all data in memory, no shuffling.
+PEER_SCRIPT = """
+import json, sys, time
+import numpy as np
+import torch
+from torch import nn
+
+class DeepFM(nn.Module):
+    def __init__(self, rows, fields, dim, hidden, dropout):
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(rows, dim), nn.Embedding(rows, 1)
+        for table in (self.embedding, self.first):
+            nn.init.normal_(table.weight, std=1e-4)
+        sizes, layers = [fields * dim, *hidden], []
+        for fan_in, fan_out in zip(sizes, hidden):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
+        self.dnn = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        total = x.sum(1)
+        pairs = 0.5 * ((total * total).sum(1, keepdim=True) - (x * x).flatten(1).sum(1, keepdim=True))
+        return self.first(ids).sum(1) + pairs + self.dnn(x.flatten(1))
+
+spec = json.loads(sys.argv[1])
+with np.load(spec["batches"]) as file:
+    ids, labels = torch.from_numpy(file["ids"]), torch.from_numpy(file["labels"])
+model = DeepFM(spec["table_rows"], spec["fields"], 16, spec["dnn"], spec["net_dropout"])
+adam, bce = torch.optim.Adam(model.parameters(), lr=1e-3), nn.BCEWithLogitsLoss()
+recipe = spec["updates"] == "recipe"
+for step in range(spec["warmup"] + spec["steps"]):
+    if step == spec["warmup"]:
+        start = time.perf_counter()
+    loss = bce(model(ids[step % len(ids)]), labels[step % len(ids)])
+    if recipe:
+        loss = loss + 0.5e-5 * (model.embedding.weight.square().sum() + model.first.weight.square().sum())
+    adam.zero_grad()
+    loss.backward()
+    if recipe:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    adam.step()
+ms = 1000 * (time.perf_counter() - start) / spec["steps"]
+print(json.dumps({"ms_per_step": ms, "threads": torch.get_num_threads(), "torch": torch.__version__}))
+"""
+
+
+def save_batches(data_dir, path, batch_size, count=8):
+    """The first training batches for the peer: ids int64 (count, B, F), labels float32 (count, B, 1)."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(data_dir / "train" / "part-00000.parquet")
+    table = next(file.iter_batches(batch_size=count * batch_size))
+    columns = [column.to_numpy(zero_copy_only=False) for column in table.columns]
+    ids = np.stack(columns[1:], axis=1).astype(np.int64)
+    count = len(ids) // batch_size
+    shape = (count, batch_size, -1)
+    np.savez(path, ids=ids[: count * batch_size].reshape(shape), labels=columns[0][: count * batch_size].reshape(shape))
+
+
+def peer_job(work, updates, args):
+    path = work / "batches.npz"
+    if not path.exists():
+        save_batches(work / "data", path, args.batch_size)
+    names = ("table_rows", "fields", "dnn", "net_dropout", "steps")
+    spec = {"batches": str(path), "updates": updates, "warmup": 2, **{name: getattr(args, name) for name in names}}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "OPENBLAS_"))}
+    return lambda: run_measured([args.peer, "-c", PEER_SCRIPT, json.dumps(spec)], env=environment)
+
+
+def floor_worker(spec):
+    """One process's share of the matrix products of a step: each layer forward, weight gradient, input gradient."""
+    import numpy as np
+
+    trainer = import_trainer()
+    library = ctypes.CDLL(None if trainer.BLAS else trainer.flow._oneflow_internal.__file__)
+    rng, rows, calls = np.random.default_rng(0), spec["rows"], []
+
+    def product(m, n, k, transpose_a, transpose_b):
+        a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n), (m, n)))
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (a, b, c)]
+        one, zero = ctypes.c_float(1), ctypes.c_float(0)
+        calls.append(lambda keep=(a, b, c): library.cblas_sgemm(
+            101, 112 if transpose_a else 111, 112 if transpose_b else 111, m, n, k, one, pointers[0],
+            m if transpose_a else k, pointers[1], k if transpose_b else n, zero, pointers[2], n))  # fmt: skip
+
+    sizes = spec["sizes"]
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        product(rows, fan_out, fan_in, False, True)
+        product(fan_out, fan_in, rows, True, False)
+        product(rows, fan_in, fan_out, False, False)
+    for step in range(spec["steps"] + 1):
+        if step == 1:
+            wait_for_all(spec)
+            start = time.perf_counter()
+        for call in calls:
+            call()
+    ms = 1000 * (time.perf_counter() - start) / spec["steps"]
+    return {"ms_per_step": ms, "blas": trainer.BLAS or "OneFlow built-in"}
+
+
+def wait_for_all(spec):
+    """Return when all processes of the floor have come here, so that they compute at the same time."""
+    folder = Path(spec["folder"])
+    (folder / str(spec["process"])).touch()
+    while len(list(folder.iterdir())) < spec["processes"]:
+        time.sleep(0.001)
+
+
+def run_floor(work, args, processes, threads):
+    """The matrix products of a step in as many processes, with as many threads each, as the trainer had."""
+    sizes = [args.fields * 16, *args.dnn, 1]
+    with tempfile.TemporaryDirectory(dir=work) as folder, ThreadPoolExecutor(processes) as pool:
+        spec = {"sizes": sizes, "rows": args.batch_size // processes, "steps": max(1, args.steps // 2),
+                "processes": processes, "folder": folder}  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        commands = [[sys.executable, Path(__file__).resolve(), "_floor", json.dumps({**spec, "process": process})]
+                    for process in range(processes)]  # fmt: skip
+        results = list(pool.map(lambda command: run_measured(command, env=environment), commands))
+    flop = 6 * args.batch_size * sum(a * b for a, b in zip(sizes[:-1], sizes[1:]))
+    ms = max(result["ms_per_step"] for result in results)
+    return {"ms_per_step": ms, "gflops": flop / ms / 1e6, "blas": results[0]["blas"]}
+
+
+def step(args):
+    """Time of a training step of the launcher's own run, from parquet, against its matrix products and a peer.
+
+    Start-up is from the launcher's start to the first step's end.
+    """
+    if args.device == "cuda":
+        return step_on_cuda(args)
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        work = Path(work)
+        rows = rows_for(args.batch_size, args.steps)
+        make_dataset(work / "data", (rows, args.batch_size, args.batch_size), args.fields, args.table_rows)
+        jobs, layout = {}, {}
+
+        def remember(job):
+            result = job()
+            layout.update(processes=result["processes"], threads=result["threads"])
+            return result
+
+        for updates in args.updates:
+            job = training_job(work, updates, args)
+            jobs["trainer", updates] = lambda job=job: remember(job)
+            if args.peer:
+                jobs["PyTorch peer", updates] = peer_job(work, updates, args)
+        jobs["matrix products", ""] = lambda: run_floor(work, args, **layout)
+        jobs["start-up", args.updates[0]] = lambda: startup(work, args.updates[0], args)
+        results = take_turns(jobs, args.repeats)
+    report_step(args, results, layout)
+
+
+def startup(work, updates, args):
+    options = [*model_options(args.dnn, args.net_dropout, updates), "--batch_size", str(args.batch_size)]
+    return {"seconds": train(work / "data", [*options, "--device", "cpu"], 1, 1, args.processes)["first_line_seconds"]}
+
+
+def report_step(args, results, layout):
+    ms = {name: median(runs, "ms_per_step") for name, runs in results.items()}
+    floor, rows = ms["matrix products", ""], []
+    for (job, updates), value in ms.items():
+        if value is None:
+            continue
+        peer = ms.get(("PyTorch peer", updates))
+        rows.append([
+            job, updates, f"{value:.1f}", f"{1000 * args.batch_size / value:.0f}", f"{value / floor:.2f}",
+            f"{1 - floor / value:.0%}" if job == "trainer" else "", f"{peer / value:.2f}" if peer else "",
+        ])  # fmt: skip
+    blas = results["matrix products", ""][0]["blas"]
+    gflops = median(results["matrix products", ""], "gflops")
+    print(f"batch {args.batch_size}, {args.fields} fields, {args.table_rows} table rows, DNN {args.dnn}, dropout "
+          f"{args.net_dropout}; {layout['processes']} process(es), {layout['threads']} thread(s) each; {blas}, "
+          f"{gflops:.0f} GFLOP/s")  # fmt: skip
+    print_table(["job", "tables", "ms/step", "samples/s", "times the floor", "outside products", "times the peer"],
+                rows)
+    print(f"start-up: {median(results['start-up', args.updates[0]], 'seconds'):.1f} s")
+    write_json(args.json, {"settings": settings(args), **layout, "runs": named(results)})
+    if args.plot:
+        plot_step(args, {name: 1000 * args.batch_size / value for name, value in ms.items() if value})
+
+
+def settings(args):
+    return {name: value for name, value in vars(args).items() if name not in ("work", "json", "work_dir", "plot")}
+
+
+def named(results):
+    """Tuples as keys made fit for JSON."""
+    return {" ".join(str(part) for part in name if part != ""): runs for name, runs in results.items()}
+
+
+def plot_step(args, samples_per_second):
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    colours = {"trainer": "#0072B2", "PyTorch peer": "#D55E00", "matrix products": "#999999"}
+    names = [f"{job}\n{updates}" for job, updates in samples_per_second]
+    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(names), 4), layout="constrained")
+    bars = axes.bar(names, samples_per_second.values(), color=[colours[job] for job, _ in samples_per_second])
+    axes.bar_label(bars, fmt="%.0f")
+    axes.set(ylabel="samples/s", title=f"Training throughput, batch {args.batch_size}, {args.fields} fields",
+             ylim=(0, 1.1 * max(samples_per_second.values())))  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.plot, dpi=100)
+    plt.close(figure)
+
+
+def steps_worker(spec):
+    """Steps on one batch over and over, through the trainer's classes: no reading, no shuffling."""
+    module, trainer = open_trainer(spec)
+    batch = next(module.batches_of_epoch(trainer))
+    for step_number in range(spec["warmup"] + spec["steps"]):
+        if step_number == spec["warmup"]:
+            module.check_finite(loss, trainer)  # noqa: F821 - waits for the warm-up, which comes first
+            start = time.perf_counter()
+        loss = trainer.train_step(batch)
+    module.check_finite(loss, trainer)
+    seconds = time.perf_counter() - start
+    ms = 1000 * seconds / spec["steps"]
+    return {"ms_per_step": ms, "samples_per_second": 1000 * len(batch.ids) / ms}
+
+
+def step_on_cuda(args):
+    """Every store type, with and without AMP: the launcher's run, and one process on the same batch over and over."""
+    seen = subprocess.run([sys.executable, "-c", "import oneflow; print(oneflow.cuda.is_available())"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    if not seen.stdout.strip().endswith("True"):
+        print("OneFlow sees no CUDA device: nothing measured")
+        return
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        work, jobs = Path(work), {}
+        rows = rows_for(args.batch_size, args.steps)
+        make_dataset(work / "data", (rows, args.batch_size, args.batch_size), args.fields, args.table_rows)
+        for store in ("device_mem", "cached_host_mem", "cached_ssd"):
+            for amp in ([], ["--amp"]):
+                more = ["--device", "cuda", "--store_type", store, *amp]
+                jobs[store, bool(amp), "from parquet"] = training_job(work, "lazy", args, more=more)
+                options = [*model_options(args.dnn, args.net_dropout, "lazy"), "--batch_size", str(args.batch_size)]
+                jobs[store, bool(amp), "same batch"] = lambda options=options + more: same_batch(work, args, options)
+        results = take_turns(jobs, args.repeats)
+    rows = [[store, "yes" if amp else "no", data, f"{median(runs, 'ms_per_step'):.2f}",
+             f"{median(runs, 'samples_per_second'):.0f}"] for (store, amp, data), runs in results.items()]  # fmt: skip
+    print_table(["store type", "AMP", "data", "ms/step", "samples/s"], rows)
+    write_json(args.json, {"settings": settings(args), "runs": named(results)})
+
+
+def same_batch(work, args, options):
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        return worker("_steps", {"data_dir": str(work / "data"), "work_dir": scratch, "options": options,
+                                 "warmup": 3, "steps": args.steps})  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- loader
+
+
+def loader_worker(spec):
+    """One epoch of the trainer's reading, shuffling and batching, and its dropout masks, on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    module, trainer_options = import_trainer(), ["--persistent_path", "a", "--persistent_path_fm", "b"]
+    args = module.parse_args(["--data_dir", spec["data_dir"], "--device", "cpu", *trainer_options])
+    dataset = module.read_dataset(args)
+    start = time.perf_counter()
+    rows = sum(batch.num_valid for batch in module.train_batches(dataset, spec["batch_size"], 0, 1, 0, 1))
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for number in range(5):
+        module.draw_masks(spec["dnn"], spec["batch_size"], 0.2, 0, number, 0)
+    masks = (time.perf_counter() - start) / 5
+    return {"rows_per_second": rows / seconds, "rows": rows, "masks_per_second": spec["batch_size"] / masks}
+
+
+def loader(args):
+    """Rows per second that the trainer's own input path reads, shuffles and batches on one core."""
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        data_dir = Path(work) / "data"
+        make_dataset(data_dir, (args.num_rows, 1000, 1000), args.fields, args.table_rows)
+        spec = {"data_dir": str(data_dir), "batch_size": args.batch_size, "dnn": args.dnn}
+        results = take_turns({"loader": lambda: worker("_loader", spec)}, args.repeats)
+    rows = []
+    for job, key in (("read, shuffle, batch", "rows_per_second"), ("dropout masks", "masks_per_second")):
+        speed = median(results["loader"], key)
+        rows.append([job, f"{speed:.0f}", f"{10_000 / speed:.1%}", f"{median(results['loader'], 'peak_mb'):.0f}"])
+    print_table(["job, on one core", "rows/s", "of one core at 10,000 samples/s", "peak MB"], rows)
+    write_json(args.json, {"settings": settings(args), "runs": results})
+
+
+# ----------------------------------------------------------------------------------------------------------------- eval
+
+
+def metrics_worker(spec):
+    """AUC and logloss of random scores; the memory that computing them takes on top of scores and labels."""
+    import numpy as np
+
+    module = import_trainer()
+    rng = np.random.default_rng(0)
+    labels = (rng.random(spec["rows"], np.float32) < 0.25).astype(np.float32)
+    probs = rng.random(spec["rows"], np.float32)
+    before = peak_of_this_process()
+    start = time.perf_counter()
+    module.auc_and_logloss(labels, probs)
+    seconds = time.perf_counter() - start
+    extra = (peak_of_this_process() - before) / spec["rows"]
+    return {"seconds": seconds, "held_bytes": (labels.nbytes + probs.nbytes) / spec["rows"], "extra_bytes": extra}
+
+
+def peak_of_this_process():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def eval_run(work, args):
+    """Train, score val (with the graph's compilation) and then test in one run of the launcher."""
+    interval, steps = steps_plan(args.steps)
+    options = [*model_options(args.dnn, args.net_dropout, "lazy"), "--batch_size", str(args.batch_size)]
+    result = train(work / "data", [*options, "--device", "cpu"], interval, steps, args.processes, ("test", 1))
+    lines = {line["event"]: line for line in result["lines"]}
+    return {"train": result["samples_per_second"], "processes": result["processes"],
+            **{split: lines[split]["samples"] / lines[split]["seconds"] for split in ("val", "test")}}  # fmt: skip
+
+
+def evaluate(args):
+    """Evaluation, with reading and metrics, against training in the same run; AUC and logloss of many rows."""
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        work = Path(work)
+        train_rows = rows_for(args.batch_size, args.steps)
+        make_dataset(work / "data", (train_rows, args.num_rows, args.num_rows), args.fields, args.table_rows)
+        jobs = {"run": lambda: eval_run(work, args), "metrics": lambda: worker("_metrics", {"rows": args.metric_rows})}
+        results = take_turns(jobs, args.repeats)
+    training = median(results["run"], "train")
+    names = {"train": "training", "val": "evaluation, first", "test": "evaluation, later"}
+    rows = [[name, f"{median(results['run'], key):.0f}", f"{median(results['run'], key) / training:.2f}"]
+            for key, name in names.items()]  # fmt: skip
+    print_table(["job", "rows/s", "times training"], rows)
+    held, extra = (median(results["metrics"], key) for key in ("held_bytes", "extra_bytes"))
+    print(f"AUC and logloss of {args.metric_rows} rows: {median(results['metrics'], 'seconds'):.2f} s; labels and "
+          f"scores take {held:.0f} bytes a row, computing AUC and logloss up to {extra:.0f} more")  # fmt: skip
+    write_json(args.json, {"settings": settings(args), "runs": results})
+
+
+# ---------------------------------------------------------------------------------------------------------------- scale
+
+
+def scale_settings(args):
+    """(table rows, fields, batch size) of every run: one of the three varies at a time."""
+    base = (args.table_rows[0], args.fields[0], args.batch_size[0])
+    found = [base]
+    found += [(value, *base[1:]) for value in args.table_rows[1:]]
+    found += [(base[0], value, base[2]) for value in args.fields[1:]]
+    return found + [(*base[:2], value) for value in args.batch_size[1:]]
+
+
+def scale_run(work, args, table_rows, fields, batch_size):
+    """One training run on a dataset of its own, which is gone afterwards: large tables do not crowd the disk."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        rows = batch_size * (steps_plan(args.steps)[1] + 4)
+        make_dataset(Path(folder) / "data", (rows, 1000, 1000), fields, table_rows)
+        return training_job(Path(folder), "lazy", args, batch_size=batch_size)()
+
+
+def scale(args):
+    """Step time and memory against table rows, fields and batch size; or --save_rows: saving and loading tables."""
+    if args.save_rows:
+        return scale_checkpoint(args)
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        jobs = {key: lambda key=key: scale_run(work, args, *key) for key in scale_settings(args)}
+        results = take_turns(jobs, args.repeats)
+    base = median(next(iter(results.values())), "ms_per_step")
+    rows = []
+    for key, runs in results.items():
+        ms, peak = median(runs, "ms_per_step"), median(runs, "peak_mb")
+        tables = key[0] * 17 * 4 * 3 / 2**20
+        rows.append([*key, f"{ms:.1f}", f"{ms / base:.3f}", f"{median(runs, 'samples_per_second'):.0f}",
+                     f"{peak:.0f}", f"{tables:.0f}", f"{peak - tables:.0f}"])  # fmt: skip
+    print_table(["table rows", "fields", "batch", "ms/step", "times the first", "samples/s", "peak MB",
+                 "3 x tables MB", "rest MB"], rows)  # fmt: skip
+    write_json(args.json, {"settings": settings(args), "runs": named(results)})
+
+
+def checkpoint_worker(spec):
+    """Build the tables, take one step, save, load; in one process."""
+    module, trainer = open_trainer(spec)
+    rows = trainer.dataset.num_rows
+    module.check_finite(trainer.train_step(next(module.batches_of_epoch(trainer))), trainer)
+    start = time.perf_counter()
+    trainer.save(["saved"])
+    saved = time.perf_counter()
+    trainer.load(os.path.join(trainer.save_dir, "saved"))
+    loaded = time.perf_counter()
+    size = sum(path.stat().st_size for path in Path(spec["work_dir"]).rglob("*") if path.is_file())
+    return {"save_seconds": saved - start, "load_seconds": loaded - saved, "bytes_per_row": size / rows}
+
+
+def scale_checkpoint(args):
+    """Seconds and bytes of a checkpoint of --save_rows table rows, 16 + 1 wide, with Adam's moments."""
+
+    def run():
+        with tempfile.TemporaryDirectory(dir=work) as scratch:
+            return worker("_checkpoint", {"data_dir": f"{work}/data", "work_dir": scratch, "options": options})
+
+    options = ["--device", "cpu", "--dnn", "8", "--batch_size", "1000"]
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        make_dataset(Path(work) / "data", (8000, 1000, 1000), args.fields[0], args.save_rows)
+        results = take_turns({"checkpoint": run}, args.repeats)["checkpoint"]
+    names = ("save_seconds", "load_seconds", "bytes_per_row", "peak_mb")
+    print_table(["rows", "save s", "load s", "bytes/row on disk", "peak MB"],
+                [[args.save_rows, *(f"{median(results, name):.1f}" for name in names)]])  # fmt: skip
+    write_json(args.json, {"settings": settings(args), "runs": results})
+
+
+WORKERS = {"_floor": floor_worker, "_steps": steps_worker, "_loader": loader_worker, "_metrics": metrics_worker,
+           "_checkpoint": checkpoint_worker}  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
@@ -224,13 +817,66 @@ def int_list(text):
     return values
 
 
+def natural(text):
+    return int_list(text)[0] if "," not in text else int_list("")
+
+
+def update_list(text):
+    values = text.split(",")
+    if not set(values) <= {"recipe", "lazy"}:
+        raise argparse.ArgumentTypeError(f"'{text}', expected recipe, lazy or recipe,lazy")
+    return values
+
+
+def add_model_options(command, steps, table_rows=1_100_000, fields=39, batch_size=10_000, kind=natural):
+    """kind: natural, or int_list where several values are measured."""
+    command.add_argument("--fields", type=kind, default=fields, help="number of fields")
+    command.add_argument("--batch_size", type=kind, default=batch_size, help="samples per step over all processes")
+    command.add_argument("--table_rows", type=kind, default=table_rows, help="rows of all tables together")
+    command.add_argument("--dnn", type=int_list, default=[1000] * 5, help="hidden units of the DNN")
+    command.add_argument("--net_dropout", type=float, default=0.2, help="dropout rate behind the hidden layers")
+    command.add_argument("--processes", type=natural, help="processes; default: the launcher's choice")
+    command.add_argument("--steps", type=natural, default=steps, help="measured steps of a run")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Measure the parts of this package on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("convert", help="the converters", description=convert.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.set_defaults(work=convert)
+    def add_command(work, name, help):
+        command = commands.add_parser(name, help=help, description=work.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(work=work)
+        return command
+
+    command = add_command(step, "step", "the training step against its matrix products and a peer")
+    add_model_options(command, steps=20)
+    command.add_argument("--updates", type=update_list, default=["recipe", "lazy"],
+                         help="recipe: the launcher's L2 and clipping, every table row moves in each step; lazy: "
+                              "neither, looked-up rows move; both are measured when separated by a comma")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: every store type and AMP")
+    command.add_argument("--peer", help="a Python that has torch: a plain PyTorch DeepFM is measured in turns")
+    command.add_argument("--plot", help="picture for a bar chart of the throughput")
+    add_shared_options(command)
+
+    command = add_command(loader, "loader", "reading, shuffling and batching")
+    add_model_options(command, steps=1)
+    command.add_argument("--num_rows", type=natural, default=2_000_000, help="rows that are read")
+    add_shared_options(command)
+
+    command = add_command(evaluate, "eval", "evaluation against training, AUC and logloss")
+    add_model_options(command, steps=12)
+    command.add_argument("--num_rows", type=natural, default=400_000, help="rows that are scored")
+    command.add_argument("--metric_rows", type=natural, default=4_584_062, help="rows of the AUC")
+    add_shared_options(command)
+
+    command = add_command(scale, "scale", "step time and memory as tables, fields and batches grow; checkpoints")
+    add_model_options(command, 12, [1_000_000, 10_000_000, 33_000_000], [39, 10, 100],
+                      [10_000, 1000, 2000, 5000, 20_000, 50_000], int_list)
+    command.add_argument("--save_rows", type=natural, help="measure a checkpoint of so many table rows instead")
+    add_shared_options(command)
+
+    command = add_command(convert, "convert", "the converters")
     command.add_argument("--num_rows", type=int_list, default=[500_000], help="raw rows; several are measured in turns")
     command.add_argument("--memory_gb", type=float, default=1, help="--memory_gb of the converters")
     command.add_argument("--peer", help="a Python that has fuxictr 2.3, to be measured on the same files")
@@ -239,6 +885,10 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in WORKERS:  # a process that `worker` or `run_floor` started
+        print(json.dumps(WORKERS[argv[0]](json.loads(argv[1]))), flush=True)
+        os._exit(0)  # without OneFlow's messages at its end: the result is the last line
     args = parse_args(argv)
     try:
         args.work(args)

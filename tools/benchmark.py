@@ -15,7 +15,6 @@ train_deepfm_criteo_x4.sh, on synthetic data; its environment variables (VENV, O
 """
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -27,8 +26,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
+
 TOOLS = Path(__file__).resolve().parent
 LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
+WORKERS = TOOLS / "benchmark_workers.py"
 
 # ------------------------------------------------------------------------------------------------------ shared pieces
 
@@ -131,48 +133,6 @@ if __name__ == "__main__":
 """
 
 
-def make_raw(folder, num_rows):
-    """Synthetic raw Criteo as train.csv, valid.csv, test.csv (80/10/10 in the order of the rows), in folder."""
-    subprocess.run(
-        [sys.executable, TOOLS / "make_criteo_sample.py", "--output_dir", folder, "--num_rows", str(num_rows)],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    names = ["Label"] + [f"I{i}" for i in range(1, 14)] + [f"C{i}" for i in range(1, 27)]
-    ends = {"train": num_rows * 8 // 10, "valid": num_rows * 9 // 10, "test": num_rows}
-    with open(folder / "train.txt") as raw:
-        done = 0
-        for split, end in ends.items():
-            with open(folder / f"{split}.csv", "w") as file:
-                file.write(",".join(names) + "\n")
-                for _ in range(end - done):
-                    file.write(next(raw).replace("\t", ","))
-            done = end
-    (folder / "train.txt").unlink()
-
-
-def make_h5(dataset_dir, folder):
-    """The dataset that criteo_parquet.py made, as the h5 files of FuxiCTR 2.0 (one array per column, local ids)."""
-    import h5py
-    import pyarrow.parquet as pq
-
-    info = json.loads((dataset_dir / "dataset_info.json").read_text())
-    folder.mkdir()
-    for split, name in zip(("train", "val", "test"), ("train", "valid", "test")):
-        table = pq.read_table(dataset_dir / split)
-        with h5py.File(folder / f"{name}.h5", "w") as file:
-            file.create_dataset("Label", data=table["Label"].to_numpy().astype("float64"))
-            for field in info["fields"]:
-                column = table[field["name"]].to_numpy().astype("int64")
-                file.create_dataset(field["name"], data=column - field["offset"])
-    sizes = {field["name"]: field["table_size"] for field in info["fields"]}
-    features = [{name: {"source": "", "type": "categorical", "vocab_size": size}} for name, size in sizes.items()]
-    feature_map = {
-        "dataset_id": "h5", "num_fields": len(features), "labels": ["Label"], "features": features,
-        "total_features": sum(sizes.values()),
-    }  # fmt: skip
-    (folder / "feature_map.json").write_text(json.dumps(feature_map))
-
-
 def convert_jobs(work, num_rows, args):
     """The jobs of one number of rows: {(tool, rows): function}."""
     folder = work / f"raw-{num_rows}"
@@ -223,43 +183,6 @@ def convert(args):
 
 
 # -------------------------------------------------------------------------------------- training runs on synthetic data
-
-
-def make_dataset(folder, rows, fields, table_rows):
-    """A dataset for the trainer in folder: `rows` = (train, val, test), `fields` tables of `table_rows` together.
-
-    Ids are log-uniform in their table: few are frequent and many are rare, as in Criteo.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rng = np.random.default_rng(0)
-    sizes = [table_rows // fields + (f < table_rows % fields) for f in range(fields)]
-    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    counts = {}
-    for split, num_rows in zip(("train", "val", "test"), rows):
-        groups = 8 * -(-num_rows // 400_000)
-        group_rows = -(-num_rows // groups)
-        counts[split] = groups * group_rows
-        (folder / split).mkdir(parents=True)
-        with pq.ParquetWriter(folder / split / "part-00000.parquet", dataset_schema(fields)) as writer:
-            for _ in range(groups):
-                columns = [(rng.random(group_rows) < 0.25).astype(np.float32)]
-                columns[0][:2] = 0, 1  # both labels
-                for size, offset in zip(sizes, offsets):
-                    local = np.minimum(np.power(float(size), rng.random(group_rows)).astype(np.int32), size) - 1
-                    columns.append((local + offset).astype(np.int32))
-                writer.write_table(pa.table(columns, schema=dataset_schema(fields)))
-    info = [{"name": f"f{f}", "table_size": size, "offset": int(offset)}
-            for f, (size, offset) in enumerate(zip(sizes, offsets))]
-    (folder / "dataset_info.json").write_text(json.dumps({"fields": info, "num_samples": counts}))
-
-
-def dataset_schema(fields):
-    import pyarrow as pa
-
-    return pa.schema([("Label", pa.float32())] + [(f"f{f}", pa.int32()) for f in range(fields)])
 
 
 def steps_plan(steps):
@@ -366,89 +289,11 @@ def training_job(work, updates, args, **options):
 
 
 def worker(name, spec):
-    """Run one of WORKERS in a process of its own; see `run_measured`."""
-    return run_measured([sys.executable, Path(__file__).resolve(), name, json.dumps(spec)])
-
-
-def open_trainer(spec):
-    """(the trainer's module, a Trainer for a new run) in this process; spec: data_dir, work_dir, options."""
-    module = import_trainer()
-    args = module.parse_args(
-        ["--data_dir", spec["data_dir"], "--persistent_path", f"{spec['work_dir']}/tables",
-         "--persistent_path_fm", f"{spec['work_dir']}/tables_fm", "--overwrite_tables", *spec["options"]])  # fmt: skip
-    return module, module.start_run(args, module.read_dataset(args))[0]
-
-
-def import_trainer():
-    sys.path.insert(0, str(TOOLS.parent))
-    import deepfm_train_eval
-
-    return deepfm_train_eval
+    """Run a job of benchmark_workers.py in a process of its own; see `run_measured`."""
+    return run_measured([sys.executable, WORKERS, name, json.dumps(spec)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- step
-
-# What FuxiCTR does, written down plainly: dense gradients for the tables and torch.optim.Adam over all parameters,
-# with "recipe" also the L2 term over both tables and clipping of the global gradient norm. To its advantage one table
-# instead of one per field, all data in memory, no shuffling.
-PEER_SCRIPT = """
-import json, sys, time
-import numpy as np
-import torch
-from torch import nn
-
-class DeepFM(nn.Module):
-    def __init__(self, rows, fields, dim, hidden, dropout):
-        super().__init__()
-        self.embedding, self.first = nn.Embedding(rows, dim), nn.Embedding(rows, 1)
-        for table in (self.embedding, self.first):
-            nn.init.normal_(table.weight, std=1e-4)
-        sizes, layers = [fields * dim, *hidden], []
-        for fan_in, fan_out in zip(sizes, hidden):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
-        self.dnn = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        total = x.sum(1)
-        pairs = 0.5 * ((total * total).sum(1, keepdim=True) - (x * x).flatten(1).sum(1, keepdim=True))
-        return self.first(ids).sum(1) + pairs + self.dnn(x.flatten(1))
-
-spec = json.loads(sys.argv[1])
-with np.load(spec["batches"]) as file:
-    ids, labels = torch.from_numpy(file["ids"]), torch.from_numpy(file["labels"])
-model = DeepFM(spec["table_rows"], spec["fields"], 16, spec["dnn"], spec["net_dropout"])
-adam, bce = torch.optim.Adam(model.parameters(), lr=1e-3), nn.BCEWithLogitsLoss()
-recipe = spec["updates"] == "recipe"
-for step in range(spec["warmup"] + spec["steps"]):
-    if step == spec["warmup"]:
-        start = time.perf_counter()
-    loss = bce(model(ids[step % len(ids)]), labels[step % len(ids)])
-    if recipe:
-        loss = loss + 0.5e-5 * (model.embedding.weight.square().sum() + model.first.weight.square().sum())
-    adam.zero_grad()
-    loss.backward()
-    if recipe:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-    adam.step()
-ms = 1000 * (time.perf_counter() - start) / spec["steps"]
-print(json.dumps({"ms_per_step": ms, "threads": torch.get_num_threads(), "torch": torch.__version__}))
-"""
-
-
-def save_batches(data_dir, path, batch_size, count=8):
-    """The first training batches for the peer: ids int64 (count, B, F), labels float32 (count, B, 1)."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(data_dir / "train" / "part-00000.parquet")
-    table = next(file.iter_batches(batch_size=count * batch_size))
-    columns = [column.to_numpy(zero_copy_only=False) for column in table.columns]
-    ids = np.stack(columns[1:], axis=1).astype(np.int64)
-    count = len(ids) // batch_size
-    shape = (count, batch_size, -1)
-    np.savez(path, ids=ids[: count * batch_size].reshape(shape), labels=columns[0][: count * batch_size].reshape(shape))
-
 
 def peer_job(work, updates, args):
     path = work / "batches.npz"
@@ -457,46 +302,7 @@ def peer_job(work, updates, args):
     names = ("table_rows", "fields", "dnn", "net_dropout", "steps")
     spec = {"batches": str(path), "updates": updates, "warmup": 2, **{name: getattr(args, name) for name in names}}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "OPENBLAS_"))}
-    return lambda: run_measured([args.peer, "-c", PEER_SCRIPT, json.dumps(spec)], env=environment)
-
-
-def floor_worker(spec):
-    """One process's share of the matrix products of a step: each layer forward, weight gradient, input gradient."""
-    import numpy as np
-
-    trainer = import_trainer()
-    library = ctypes.CDLL(None if trainer.BLAS else trainer.flow._oneflow_internal.__file__)
-    rng, rows, calls = np.random.default_rng(0), spec["rows"], []
-
-    def product(m, n, k, transpose_a, transpose_b):
-        a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n), (m, n)))
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (a, b, c)]
-        one, zero = ctypes.c_float(1), ctypes.c_float(0)
-        calls.append(lambda keep=(a, b, c): library.cblas_sgemm(
-            101, 112 if transpose_a else 111, 112 if transpose_b else 111, m, n, k, one, pointers[0],
-            m if transpose_a else k, pointers[1], k if transpose_b else n, zero, pointers[2], n))  # fmt: skip
-
-    sizes = spec["sizes"]
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
-        product(rows, fan_out, fan_in, False, True)
-        product(fan_out, fan_in, rows, True, False)
-        product(rows, fan_in, fan_out, False, False)
-    for step in range(spec["steps"] + 1):
-        if step == 1:
-            wait_for_all(spec)
-            start = time.perf_counter()
-        for call in calls:
-            call()
-    ms = 1000 * (time.perf_counter() - start) / spec["steps"]
-    return {"ms_per_step": ms, "blas": trainer.BLAS or "OneFlow built-in"}
-
-
-def wait_for_all(spec):
-    """Return when all processes of the floor have come here, so that they compute at the same time."""
-    folder = Path(spec["folder"])
-    (folder / str(spec["process"])).touch()
-    while len(list(folder.iterdir())) < spec["processes"]:
-        time.sleep(0.001)
+    return lambda: run_measured([args.peer, WORKERS, "peer", json.dumps(spec)], env=environment)
 
 
 def run_floor(work, args, processes, threads):
@@ -506,7 +312,7 @@ def run_floor(work, args, processes, threads):
         spec = {"sizes": sizes, "rows": args.batch_size // processes, "steps": max(1, args.steps // 2),
                 "processes": processes, "folder": folder}  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        commands = [[sys.executable, Path(__file__).resolve(), "_floor", json.dumps({**spec, "process": process})]
+        commands = [[sys.executable, WORKERS, "floor", json.dumps({**spec, "process": process})]
                     for process in range(processes)]  # fmt: skip
         results = list(pool.map(lambda command: run_measured(command, env=environment), commands))
     flop = 6 * args.batch_size * sum(a * b for a, b in zip(sizes[:-1], sizes[1:]))
@@ -599,21 +405,6 @@ def plot_step(args, samples_per_second):
     plt.close(figure)
 
 
-def steps_worker(spec):
-    """Steps on one batch over and over, through the trainer's classes: no reading, no shuffling."""
-    module, trainer = open_trainer(spec)
-    batch = next(module.batches_of_epoch(trainer))
-    for step_number in range(spec["warmup"] + spec["steps"]):
-        if step_number == spec["warmup"]:
-            module.check_finite(loss, trainer)  # noqa: F821 - waits for the warm-up, which comes first
-            start = time.perf_counter()
-        loss = trainer.train_step(batch)
-    module.check_finite(loss, trainer)
-    seconds = time.perf_counter() - start
-    ms = 1000 * seconds / spec["steps"]
-    return {"ms_per_step": ms, "samples_per_second": 1000 * len(batch.ids) / ms}
-
-
 def step_on_cuda(args):
     """Every store type, with and without AMP: the launcher's run, and one process on the same batch over and over."""
     seen = subprocess.run([sys.executable, "-c", "import oneflow; print(oneflow.cuda.is_available())"],
@@ -640,27 +431,11 @@ def step_on_cuda(args):
 
 def same_batch(work, args, options):
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        return worker("_steps", {"data_dir": str(work / "data"), "work_dir": scratch, "options": options,
+        return worker("steps", {"data_dir": str(work / "data"), "work_dir": scratch, "options": options,
                                  "warmup": 3, "steps": args.steps})  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- loader
-
-
-def loader_worker(spec):
-    """One epoch of the trainer's reading, shuffling and batching, and its dropout masks, on one core."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    module, trainer_options = import_trainer(), ["--persistent_path", "a", "--persistent_path_fm", "b"]
-    args = module.parse_args(["--data_dir", spec["data_dir"], "--device", "cpu", *trainer_options])
-    dataset = module.read_dataset(args)
-    start = time.perf_counter()
-    rows = sum(batch.num_valid for batch in module.train_batches(dataset, spec["batch_size"], 0, 1, 0, 1))
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    for number in range(5):
-        module.draw_masks(spec["dnn"], spec["batch_size"], 0.2, 0, number, 0)
-    masks = (time.perf_counter() - start) / 5
-    return {"rows_per_second": rows / seconds, "rows": rows, "masks_per_second": spec["batch_size"] / masks}
 
 
 def loader(args):
@@ -669,7 +444,7 @@ def loader(args):
         data_dir = Path(work) / "data"
         make_dataset(data_dir, (args.num_rows, 1000, 1000), args.fields, args.table_rows)
         spec = {"data_dir": str(data_dir), "batch_size": args.batch_size, "dnn": args.dnn}
-        results = take_turns({"loader": lambda: worker("_loader", spec)}, args.repeats)
+        results = take_turns({"loader": lambda: worker("loader", spec)}, args.repeats)
     rows = []
     for job, key in (("read, shuffle, batch", "rows_per_second"), ("dropout masks", "masks_per_second")):
         speed = median(results["loader"], key)
@@ -679,26 +454,6 @@ def loader(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------- eval
-
-
-def metrics_worker(spec):
-    """AUC and logloss of random scores; the memory that computing them takes on top of scores and labels."""
-    import numpy as np
-
-    module = import_trainer()
-    rng = np.random.default_rng(0)
-    labels = (rng.random(spec["rows"], np.float32) < 0.25).astype(np.float32)
-    probs = rng.random(spec["rows"], np.float32)
-    before = peak_of_this_process()
-    start = time.perf_counter()
-    module.auc_and_logloss(labels, probs)
-    seconds = time.perf_counter() - start
-    extra = (peak_of_this_process() - before) / spec["rows"]
-    return {"seconds": seconds, "held_bytes": (labels.nbytes + probs.nbytes) / spec["rows"], "extra_bytes": extra}
-
-
-def peak_of_this_process():
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def eval_run(work, args):
@@ -717,7 +472,7 @@ def evaluate(args):
         work = Path(work)
         train_rows = rows_for(args.batch_size, args.steps)
         make_dataset(work / "data", (train_rows, args.num_rows, args.num_rows), args.fields, args.table_rows)
-        jobs = {"run": lambda: eval_run(work, args), "metrics": lambda: worker("_metrics", {"rows": args.metric_rows})}
+        jobs = {"run": lambda: eval_run(work, args), "metrics": lambda: worker("metrics", {"rows": args.metric_rows})}
         results = take_turns(jobs, args.repeats)
     training = median(results["run"], "train")
     names = {"train": "training", "val": "evaluation, first", "test": "evaluation, later"}
@@ -769,26 +524,12 @@ def scale(args):
     write_json(args.json, {"settings": settings(args), "runs": named(results)})
 
 
-def checkpoint_worker(spec):
-    """Build the tables, take one step, save, load; in one process."""
-    module, trainer = open_trainer(spec)
-    rows = trainer.dataset.num_rows
-    module.check_finite(trainer.train_step(next(module.batches_of_epoch(trainer))), trainer)
-    start = time.perf_counter()
-    trainer.save(["saved"])
-    saved = time.perf_counter()
-    trainer.load(os.path.join(trainer.save_dir, "saved"))
-    loaded = time.perf_counter()
-    size = sum(path.stat().st_size for path in Path(spec["work_dir"]).rglob("*") if path.is_file())
-    return {"save_seconds": saved - start, "load_seconds": loaded - saved, "bytes_per_row": size / rows}
-
-
 def scale_checkpoint(args):
     """Seconds and bytes of a checkpoint of --save_rows table rows, 16 + 1 wide, with Adam's moments."""
 
     def run():
         with tempfile.TemporaryDirectory(dir=work) as scratch:
-            return worker("_checkpoint", {"data_dir": f"{work}/data", "work_dir": scratch, "options": options})
+            return worker("checkpoint", {"data_dir": f"{work}/data", "work_dir": scratch, "options": options})
 
     options = ["--device", "cpu", "--dnn", "8", "--batch_size", "1000"]
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
@@ -798,10 +539,6 @@ def scale_checkpoint(args):
     print_table(["rows", "save s", "load s", "bytes/row on disk", "peak MB"],
                 [[args.save_rows, *(f"{median(results, name):.1f}" for name in names)]])  # fmt: skip
     write_json(args.json, {"settings": settings(args), "runs": results})
-
-
-WORKERS = {"_floor": floor_worker, "_steps": steps_worker, "_loader": loader_worker, "_metrics": metrics_worker,
-           "_checkpoint": checkpoint_worker}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -828,12 +565,15 @@ def update_list(text):
     return values
 
 
-def add_model_options(command, steps, table_rows=1_100_000, fields=39, batch_size=10_000, kind=natural):
+def add_data_options(command, fields=39, batch_size=10_000, table_rows=1_100_000, kind=natural):
     """kind: natural, or int_list where several values are measured."""
     command.add_argument("--fields", type=kind, default=fields, help="number of fields")
     command.add_argument("--batch_size", type=kind, default=batch_size, help="samples per step over all processes")
     command.add_argument("--table_rows", type=kind, default=table_rows, help="rows of all tables together")
     command.add_argument("--dnn", type=int_list, default=[1000] * 5, help="hidden units of the DNN")
+
+
+def add_run_options(command, steps):
     command.add_argument("--net_dropout", type=float, default=0.2, help="dropout rate behind the hidden layers")
     command.add_argument("--processes", type=natural, help="processes; default: the launcher's choice")
     command.add_argument("--steps", type=natural, default=steps, help="measured steps of a run")
@@ -850,7 +590,8 @@ def parse_args(argv=None):
         return command
 
     command = add_command(step, "step", "the training step against its matrix products and a peer")
-    add_model_options(command, steps=20)
+    add_data_options(command)
+    add_run_options(command, steps=20)
     command.add_argument("--updates", type=update_list, default=["recipe", "lazy"],
                          help="recipe: the launcher's L2 and clipping, every table row moves in each step; lazy: "
                               "neither, looked-up rows move; both are measured when separated by a comma")
@@ -860,19 +601,21 @@ def parse_args(argv=None):
     add_shared_options(command)
 
     command = add_command(loader, "loader", "reading, shuffling and batching")
-    add_model_options(command, steps=1)
+    add_data_options(command)
     command.add_argument("--num_rows", type=natural, default=2_000_000, help="rows that are read")
     add_shared_options(command)
 
     command = add_command(evaluate, "eval", "evaluation against training, AUC and logloss")
-    add_model_options(command, steps=12)
+    add_data_options(command)
+    add_run_options(command, steps=12)
     command.add_argument("--num_rows", type=natural, default=400_000, help="rows that are scored")
     command.add_argument("--metric_rows", type=natural, default=4_584_062, help="rows of the AUC")
     add_shared_options(command)
 
     command = add_command(scale, "scale", "step time and memory as tables, fields and batches grow; checkpoints")
-    add_model_options(command, 12, [1_000_000, 10_000_000, 33_000_000], [39, 10, 100],
-                      [10_000, 1000, 2000, 5000, 20_000, 50_000], int_list)
+    add_data_options(command, [39, 10, 100], [10_000, 1000, 2000, 5000, 20_000, 50_000],
+                     [1_000_000, 10_000_000, 33_000_000], int_list)
+    add_run_options(command, steps=12)
     command.add_argument("--save_rows", type=natural, help="measure a checkpoint of so many table rows instead")
     add_shared_options(command)
 
@@ -885,10 +628,6 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in WORKERS:  # a process that `worker` or `run_floor` started
-        print(json.dumps(WORKERS[argv[0]](json.loads(argv[1]))), flush=True)
-        os._exit(0)  # without OneFlow's messages at its end: the result is the last line
     args = parse_args(argv)
     try:
         args.work(args)

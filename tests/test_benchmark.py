@@ -1,0 +1,156 @@
+"""tools/benchmark.py: the synthetic data, the numbers it takes from a run, and every subcommand on tiny sizes."""
+
+import json
+from types import SimpleNamespace
+
+import benchmark
+import benchmark_workers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+TINY = ["--fields", "5", "--dnn", "8,8", "--table_rows", "100", "--repeats", "1"]
+
+
+def test_dataset_is_what_the_trainer_reads(tmp_path):
+    benchmark.make_dataset(tmp_path / "data", (100, 20, 20), 3, 11)
+    info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    assert [field["table_size"] for field in info["fields"]] == [4, 4, 3]
+    file = pq.ParquetFile(tmp_path / "data" / "train" / "part-00000.parquet")
+    assert file.num_row_groups == 8 and file.metadata.num_rows == info["num_samples"]["train"] >= 100
+    for field in info["fields"]:
+        ids = file.read([field["name"]])[0].to_numpy()
+        assert ids.min() >= field["offset"] and ids.max() < field["offset"] + field["table_size"]
+    assert set(file.read(["Label"])[0].to_pylist()) == {0.0, 1.0}
+
+
+def test_ids_are_skewed_and_reach_all_of_a_small_table(tmp_path):
+    benchmark.make_dataset(tmp_path / "data", (8000, 20, 20), 1, 20)
+    counts = np.bincount(pq.read_table(tmp_path / "data" / "train")["f0"].to_numpy(), minlength=20)
+    # log-uniform: id k has the share log((k + 2) / (k + 1)) / log(20)
+    assert counts[0] / counts.sum() == pytest.approx(np.log(2) / np.log(20), abs=0.03)
+    assert counts[:19].min() > 0
+
+
+def test_more_fields_than_rows_is_one_clear_line(capsys):
+    assert benchmark.main(["loader", "--fields", "5", "--table_rows", "4"]) == 1
+    expected = "error: --table_rows 4 is below --fields 5; every field needs a row"
+    assert capsys.readouterr().err.splitlines() == [expected]
+
+
+def test_floor_multiplies_all_matrices_of_a_step(monkeypatch, tmp_path):
+    """Forward, weight gradient and input gradient of each layer, in row-major storage (order 101)."""
+    calls = []
+
+    class Library:
+        @staticmethod
+        def cblas_sgemm(order, transpose_a, transpose_b, m, n, k, one, a, lda, b, ldb, zero, c, ldc):
+            calls.append((order, transpose_a, transpose_b, m, n, k, lda, ldb, ldc))
+
+    monkeypatch.setattr(benchmark_workers, "import_trainer", lambda: SimpleNamespace(BLAS="test"))
+    monkeypatch.setattr(benchmark_workers.ctypes, "CDLL", lambda path: Library)
+    spec = {"rows": 10, "sizes": [6, 4, 1], "steps": 1, "processes": 1, "process": 0, "folder": str(tmp_path)}
+    benchmark_workers.floor_worker(spec)
+    plain, transposed = 111, 112
+    assert calls[:3] == [
+        (101, plain, transposed, 10, 4, 6, 6, 6, 4),  # x (10, 6) times W (4, 6) transposed
+        (101, transposed, plain, 4, 6, 10, 4, 6, 6),  # dy (10, 4) transposed times x
+        (101, plain, plain, 10, 6, 4, 4, 6, 6),  # dy times W
+    ]
+    assert [call[3:6] for call in calls[3:6]] == [(10, 1, 4), (1, 4, 10), (10, 4, 1)]
+    assert len(calls) == 12  # the warm-up and one step
+
+
+def test_scale_varies_one_setting_at_a_time():
+    args = benchmark.parse_args(["scale", "--table_rows", "1,2", "--fields", "3,4", "--batch_size", "5,6"])
+    assert benchmark.scale_settings(args) == [(1, 3, 5), (2, 3, 5), (1, 4, 5), (1, 3, 6)]
+
+
+def test_step(tmp_path, capsys):
+    """Trainer, products, start-up and plot in one run; the printed ratios follow from the file's numbers."""
+    out, picture = tmp_path / "step.json", tmp_path / "step.png"
+    assert benchmark.main(["step", *TINY, "--batch_size", "64", "--steps", "4", "--updates", "lazy", "--processes", "1",
+                           "--json", str(out), "--plot", str(picture)]) == 0
+    result = json.loads(out.read_text())
+    run = result["runs"]["trainer lazy"][0]
+    lines = run["lines"]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5]
+    assert run["ms_per_step"] == pytest.approx(np.mean([line["ms_per_step"] for line in lines[1:5]]))
+    assert run["samples_per_second"] == pytest.approx(64_000 / run["ms_per_step"], rel=0.01)
+    assert run["peak_mb"] > 200 and result["processes"] == 1  # one Python with OneFlow
+    assert 1 < result["runs"]["start-up lazy"][0]["seconds"] < 100
+    floor = result["runs"]["matrix products"][0]["ms_per_step"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| trainer"))
+    assert f"{run['ms_per_step'] / floor:.2f}" in row
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_failing_run_shows_the_trainers_words(capsys):
+    assert benchmark.main(["step", *TINY, "--batch_size", "64", "--net_dropout", "2", "--processes", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "error: the training run failed" in error and "--net_dropout: 2 must be at most 0.99" in error
+
+
+def test_loader(tmp_path):
+    out = tmp_path / "loader.json"
+    assert benchmark.main(["loader", *TINY, "--batch_size", "64", "--num_rows", "2000", "--json", str(out)]) == 0
+    run = json.loads(out.read_text())["runs"]["loader"][0]
+    assert run["rows"] == 2000 and run["rows_per_second"] > 0 and run["masks_per_second"] > 0
+
+
+def test_metrics_memory():
+    result = benchmark.worker("metrics", {"rows": 200_000})
+    assert result["held_bytes"] == 8 and result["extra_bytes"] > 0 and result["seconds"] > 0
+
+
+def test_checkpoint(tmp_path):
+    out = tmp_path / "save.json"
+    assert benchmark.main(["scale", "--fields", "5", "--save_rows", "20000", "--repeats", "1", "--json", str(out)]) == 0
+    run = json.loads(out.read_text())["runs"][0]
+    # value, m and v, 16 + 1 wide, float32, and two keys and two index entries of 8 bytes
+    assert 17 * 3 * 4 + 32 < run["bytes_per_row"] < 2 * (17 * 3 * 4 + 32)
+
+
+def test_peer_trains(tmp_path):
+    pytest.importorskip("torch")
+    spec = {"data_dir": None, "batches": str(tmp_path / "batches.npz"), "updates": "recipe", "warmup": 1, "steps": 1,
+            "table_rows": 100, "fields": 5, "dnn": [8], "net_dropout": 0.2}
+    benchmark.make_dataset(tmp_path / "data", (64, 20, 20), 5, 100)
+    benchmark.save_batches(tmp_path / "data", spec["batches"], 32)
+    assert benchmark_workers.peer_worker(spec)["ms_per_step"] > 0
+
+
+def test_peer_gets_the_training_rows(tmp_path):
+    benchmark.make_dataset(tmp_path / "data", (64, 20, 20), 5, 100)
+    benchmark.save_batches(tmp_path / "data", tmp_path / "batches.npz", 24)
+    batches = np.load(tmp_path / "batches.npz")
+    table = pq.read_table(tmp_path / "data" / "train")
+    assert batches["ids"].shape == (2, 24, 5) and batches["labels"].shape == (2, 24, 1)
+    np.testing.assert_array_equal(batches["ids"][1, :, 3], table["f3"].to_numpy()[24:48])
+    np.testing.assert_array_equal(batches["labels"][0, :, 0], table["Label"].to_numpy()[:24])
+
+
+@pytest.mark.parametrize("arguments", [["step", "--fields", "0"], ["step", "--updates", "all"], ["eval", "--dnn", "x"]])
+def test_bad_arguments_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(arguments)
+    assert end.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_cuda_is_skipped_with_one_line_where_there_is_none(capsys):
+    import oneflow
+
+    if oneflow.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert benchmark.main(["step", "--device", "cuda"]) == 0
+    assert capsys.readouterr().out == "OneFlow sees no CUDA device: nothing measured\n"
+
+
+def test_steps_worker_does_not_read(shared_dataset_dir, tmp_path):
+    """The worker that measures CUDA without a loader, on the CPU."""
+    options = ["--device", "cpu", "--dnn", "8", "--embedding_vec_size", "4", "--batch_size", "64"]
+    spec = {"data_dir": str(shared_dataset_dir), "work_dir": str(tmp_path), "options": options, "warmup": 1, "steps": 9}
+    result = benchmark.worker("steps", spec)  # 10 steps, an epoch has 7
+    assert result["samples_per_second"] == pytest.approx(64_000 / result["ms_per_step"])
+
+

@@ -88,7 +88,7 @@ def test_step(tmp_path, capsys):
 def test_a_failing_run_shows_the_trainers_words(capsys):
     assert benchmark.main(["step", *TINY, "--batch_size", "64", "--net_dropout", "2", "--processes", "2"]) == 1
     error = capsys.readouterr().err
-    assert "error: the training run failed" in error and "--net_dropout: 2 must be at most 0.99" in error
+    assert "error: the training run failed" in error and "--net_dropout: 2.0 must be at most 0.99" in error
 
 
 def test_loader(tmp_path):

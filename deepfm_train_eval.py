@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
     """One line per mistake, from one process only, and exit status 2."""
 
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
+        if int(os.environ.get("RANK", "0")) <= 0:  # importing OneFlow sets -1 in a process that was not launched
             sys.stderr.write(f"error: {message} (see --help)\n")
         sys.exit(2)
 

@@ -1,0 +1,155 @@
+"""The whole training step against the numpy reference, and one process against two."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_trainer
+from reference import Reference, sigmoid
+
+import deepfm_train_eval as trainer_module
+from deepfm_train_eval import Batch, Trainer, draw_masks, keep_probability, make_stores, parse_args, read_dataset
+
+ROWS, STEPS = 32, 20
+
+
+def make_trainer(data_dir, folder, *options):
+    args = parse_args(["--data_dir", str(data_dir), "--persistent_path", f"{folder}/t", "--persistent_path_fm",
+                       f"{folder}/f", "--device", "cpu", "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size",
+                       str(ROWS), *options])
+    dataset = read_dataset(args)
+    trainer = Trainer(args, dataset, make_stores(args, dataset), "test")
+    rng = np.random.default_rng(5)
+    for table in (trainer.model.embedding, trainer.model.embedding_fm):  # larger than N(0, 1e-4): all terms matter
+        rows = table.weight.detach().to_local().numpy()
+        rows[:-1] = rng.normal(size=rows[:-1].shape) * 0.3
+    return trainer
+
+
+def values_of(trainer):
+    """{name: array} as `Reference` names them; a copy."""
+    state = {name: value.to_local().numpy().copy() for name, value in trainer.model.state_dict().items()}
+    values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
+    return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
+
+
+def random_batches(dataset, count, seed=3, last_rows=ROWS - 9):
+    """(ids, labels) per step; the last one is shorter, so that the graph gets padding rows."""
+    rng = np.random.default_rng(seed)
+    for step in range(count):
+        size = last_rows if step == count - 1 else ROWS
+        ids = np.stack([rng.integers(low, high, size) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
+        yield ids, (rng.random(size) < 0.4).astype(np.float32)
+
+
+VARIANTS = {
+    "plain": [],
+    "embedding_l2": ["--embedding_l2", "0.05"],
+    "clipping": ["--max_grad_norm", "0.1"],
+    "l2 and clipping": ["--embedding_l2", "0.05", "--max_grad_norm", "0.1"],
+    "batch_norm": ["--batch_norm"],
+    "batch_norm, l2 and clipping": ["--batch_norm", "--embedding_l2", "0.05", "--max_grad_norm", "0.1"],
+    "dropout": ["--net_dropout", "0.3"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant):
+    dropout = ["--net_dropout", "0"] if variant != "dropout" else []
+    trainer = make_trainer(shared_dataset_dir, tmp_path, *dropout, *VARIANTS[variant])
+    args = trainer.args
+    reference = Reference(values_of(trainer), args.learning_rate, args.embedding_l2, args.max_grad_norm)
+    keep = keep_probability(args.net_dropout)
+    for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
+        batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+        masks = draw_masks(args.dnn, ROWS, args.net_dropout, args.seed, step, 0) if args.net_dropout else None
+        batch.masks = masks or ()
+        loss = float(trainer.train_step(batch).to_local().numpy())
+        expected = reference.train(ids, labels, masks and [mask[:len(ids)] for mask in masks], keep)
+        assert loss == pytest.approx(expected, abs=1e-5)
+    for name, value in values_of(trainer).items():
+        assert np.abs(value - reference.values[name]).max() < 1e-5, name
+    assert not values_of(trainer)["embedding"][-1].any()  # the padding row never moves
+
+
+def test_learning_rate_cut_keeps_the_optimizer_state(shared_dataset_dir, tmp_path):
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--net_dropout", "0")
+    reference = Reference(values_of(trainer), trainer.args.learning_rate)
+    for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
+        if step == 10:
+            trainer.plateau.learning_rate = reference.learning_rate = 2e-4
+        trainer.train_step(Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows))
+        reference.train(ids, labels)
+    for name, value in values_of(trainer).items():
+        assert np.abs(value - reference.values[name]).max() < 1e-5, name
+
+
+def test_lazy_update_leaves_other_rows_alone(shared_dataset_dir, tmp_path):
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--net_dropout", "0")
+    before = values_of(trainer)
+    ids = np.tile([0, 7, 18], (ROWS, 1))  # the same three rows in every sample
+    for _ in range(3):
+        trainer.train_step(Batch([(ids, np.ones(ROWS, np.float32))], ROWS, ROWS, trainer.dataset.num_rows))
+    state = trainer.current_optimizer_state()
+    for name in ("embedding", "embedding_fm"):
+        moved = (values_of(trainer)[name] != before[name]).any(axis=1)
+        assert np.flatnonzero(moved).tolist() == [0, 7, 18]
+        for moment in "mv":
+            array = state[f"model.{name}.weight-{moment}"].to_local().numpy()
+            assert np.flatnonzero(array.any(axis=1)).tolist() == [0, 7, 18]
+
+
+def test_bias_correction_schedule():
+    class Conf:
+        def __init__(self):
+            self.piecewise_scaling_conf = self
+            self.scales, self.boundaries = [], []
+
+        def SetInParent(self):  # noqa: N802 - protobuf's name
+            pass
+
+    conf = Conf()
+    trainer_module.BiasCorrection._generate_conf_for_graph(trainer_module.BiasCorrection, conf)
+    for t in (1, 2, 100, 9999):
+        position = conf.boundaries.index(t - 1)
+        assert conf.scales[position] == pytest.approx(np.sqrt(1 - 0.999**t) / (1 - 0.9**t))
+    assert conf.scales[-1] == 1 and conf.scales[-2] == pytest.approx(1, abs=5e-5)
+    assert len(conf.scales) == len(conf.boundaries) + 1
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_evaluation_equals_the_reference(shared_dataset_dir, tmp_path, batch_norm):
+    trainer = make_trainer(shared_dataset_dir, tmp_path, *(["--batch_norm"] if batch_norm else []))
+    for i in range(2 if batch_norm else 0):
+        getattr(trainer.model.dnn, f"running_mean_{i}").to_local().numpy()[:] = 0.1 * (i + 1)
+        getattr(trainer.model.dnn, f"running_var_{i}").to_local().numpy()[:] = 0.5 + i
+    probs, labels = trainer.predict(trainer.dataset.splits["val"])
+    rows = list(trainer_module.read_rows(trainer.dataset, trainer.dataset.splits["val"]))
+    ids = np.concatenate([ids for ids, _ in rows])
+    logits, _ = Reference(values_of(trainer), 1.0).logits(ids)
+    assert np.abs(probs - sigmoid(logits)).max() < 1e-6
+    assert (labels == np.concatenate([labels for _, labels in rows])).all() and len(labels) == 101
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["event"], line["step"], [line[name] for name in ("loss", "auc", "logloss") if name in line])
+            for line in lines]
+
+
+@pytest.mark.parametrize("options", [[], ["--batch_norm", "--embedding_l2", "0.01", "--max_grad_norm", "1"]])
+def test_two_processes_equal_one(shared_dataset_dir, tmp_path, options):
+    runs = []
+    for processes in (1, 2):
+        work = tmp_path / str(processes)
+        run_trainer(shared_dataset_dir, work, "--net_dropout", "0", "--train_batches", "20", "--log_dir", work / "logs",
+                    "--loss_print_interval", "1", *options, processes=processes)
+        runs.append(metrics(work))
+    assert len(runs[0]) == len(runs[1]) > 20
+    for one, two in zip(*runs):
+        assert one[:2] == two[:2] and one[2] == pytest.approx(two[2], abs=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_the_run(shared_dataset_dir, tmp_path):
+    _, errors = run_trainer(shared_dataset_dir, tmp_path, "--learning_rate", "1e30", "--train_batches", "9", status=1)
+    assert "error: the loss is " in errors and "lower --learning_rate" in errors and "Traceback" not in errors

@@ -1,0 +1,128 @@
+"""OneEmbedding and the CUDA path. One command settles it on a machine with a GPU: bash tests/run.sh tests/test_cuda.py
+
+Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_86, 0.8.0 for sm_60 to sm_75 and PTX.
+"""
+
+import re
+
+import numpy as np
+import oneflow as flow
+import pytest
+from conftest import run_trainer
+from reference import Reference
+
+from deepfm_train_eval import (
+    Batch,
+    OneEmbedding,
+    Trainer,
+    make_store_options,
+    make_stores,
+    parse_args,
+    read_dataset,
+    to_split,
+)
+
+pytestmark = pytest.mark.skipif(not flow.cuda.is_available(), reason="OneFlow sees no CUDA device")
+
+STORES = ("device_mem", "cached_host_mem", "cached_ssd")
+CUDA = ("--device", "cuda", "--loss_print_interval", "10")
+
+
+def metrics(output, split):
+    """(AUC, logloss) of the last line of a split in the trainer's output."""
+    values = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)[-1]
+    return tuple(map(float, values))
+
+
+def train_then_evaluate(data_dir, work, train_options, eval_options):
+    """Train 50 steps, then score the best checkpoint in a fresh process -> val and test metrics of both"""
+    save = work / "save"
+    trained, _ = run_trainer(data_dir, work, *train_options, "--train_batches", "50", "--model_save_dir", save,
+                             timeout=1800)
+    scored, _ = run_trainer(data_dir, work, *eval_options, "--eval_only", "--model_load_dir", save / "best_checkpoint",
+                            timeout=1800)
+    return [[*metrics(output, "val"), *metrics(output, "test")] for output in (trained, scored)]
+
+
+@pytest.mark.parametrize("store_type", STORES)
+def test_train_save_load_evaluate(shared_dataset_dir, tmp_path, store_type):
+    options = [*CUDA, "--store_type", store_type, "--cache_memory_budget_mb", "64"]
+    trained, scored = train_then_evaluate(shared_dataset_dir, tmp_path, options, options)
+    assert scored == pytest.approx(trained, abs=1e-5)
+    assert trained[0] > 0.6  # it has learned the planted interaction
+
+
+@pytest.mark.parametrize("options", [
+    ["--amp"], ["--amp", "--loss_scale_policy", "dynamic"], ["--disable_fusedmlp", "False", "--net_dropout", "0.2"],
+    ["--disable_fusedmlp", "False", "--amp"], ["--batch_norm"], ["--embedding_l2", "1e-5", "--max_grad_norm", "10"]])
+def test_variants_train_and_load(shared_dataset_dir, tmp_path, options):
+    trained, scored = train_then_evaluate(shared_dataset_dir, tmp_path, [*CUDA, *options], [*CUDA, *options])
+    assert scored == pytest.approx(trained, abs=1e-4)
+    assert np.isfinite(trained).all()
+
+
+@pytest.mark.parametrize("first, second", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_checkpoints_move_between_devices(shared_dataset_dir, tmp_path, first, second):
+    trained, scored = train_then_evaluate(shared_dataset_dir, tmp_path, ["--device", first], ["--device", second])
+    assert scored == pytest.approx(trained, abs=1e-4)
+
+
+@pytest.mark.parametrize("store_type", STORES)
+def test_lookups_return_the_initial_distribution(tmp_path, store_type):
+    """Fresh rows come from N(0, 1e-4), and the same id gives the same row."""
+    placement = flow.placement("cuda", [0])
+    options = make_store_options(store_type, str(tmp_path), 5001, 64)
+    table = OneEmbedding("lookup", 5000, 8, placement, store_options=options)
+
+    class Lookup(flow.nn.Graph):
+        def __init__(self):
+            super().__init__()
+            self.table = table
+
+        def build(self, ids):
+            return self.table(ids)
+
+    ids = np.tile(np.arange(5000).reshape(-1, 2), (2, 1))
+    rows = Lookup()(to_split(ids, placement)).to_local().numpy()
+    assert rows.shape == (5000, 2, 8) and rows.std() == pytest.approx(1e-4, rel=0.05)
+    assert (rows[:2500] == rows[2500:]).all()
+
+
+@pytest.mark.parametrize("store_type", STORES)
+def test_steps_equal_the_reference(shared_dataset_dir, tmp_path, store_type):
+    """From a CPU checkpoint with its moments, so that both start from the same rows."""
+    common = ["--data_dir", str(shared_dataset_dir), "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size", "32",
+              "--net_dropout", "0", "--persistent_path", str(tmp_path / "t"), "--persistent_path_fm",
+              str(tmp_path / "f"), "--model_save_dir", str(tmp_path / "save"), "--store_type", store_type]
+
+    def trainer_on(device, checkpoint=None):
+        args = parse_args([*common, "--device", device])
+        dataset = read_dataset(args)
+        return Trainer(args, dataset, make_stores(args, dataset), "test", checkpoint)
+
+    def values_of(trainer):
+        state = {name: value.to_local().numpy().copy() for name, value in trainer.model.state_dict().items()}
+        values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
+        return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
+
+    on_cpu = trainer_on("cpu")
+    for table in (on_cpu.model.embedding, on_cpu.model.embedding_fm):
+        rows = table.weight.detach().to_local().numpy()
+        rows[:-1] = np.random.default_rng(5).normal(size=rows[:-1].shape) * 0.3
+    reference = Reference(values_of(on_cpu), on_cpu.args.learning_rate)
+    (tmp_path / "save").mkdir()
+    on_cpu.save(["start"])
+
+    on_cuda = trainer_on("cuda", str(tmp_path / "save" / "start"))
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        dataset = on_cuda.dataset
+        ids = np.stack([rng.integers(low, high, 32) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
+        labels = (rng.random(32) < 0.4).astype(np.float32)
+        loss = on_cuda.train_step(Batch([(ids, labels)], 32, 32, dataset.num_rows))
+        assert float(loss.to_local().numpy()) == pytest.approx(reference.train(ids, labels), abs=1e-4)
+    on_cuda.save(["end"])
+
+    back = trainer_on("cpu", str(tmp_path / "save" / "end"))  # the rows that OneEmbedding saved, read on CPU
+    for name, value in values_of(back).items():
+        assert np.abs(value - reference.values[name]).max() < 1e-4, name

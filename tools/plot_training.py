@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Draw the course of one or several training runs as one picture.
 
-    python tools/plot_training.py runs/small runs/large --output training.png
+    python tools/plot_training.py runs/small runs/fast --output training.png
 
 prints what the trainer keeps as best_checkpoint of each run, and writes the picture:
 
     run    steps  best epoch   val AUC  val logloss  test AUC  test logloss
-    small    480           7  0.818337     0.485934  0.809456      0.474930
-    large    427           2  0.819544     0.489090  0.812536      0.479948
+    small    600           5  0.791952     0.457976  0.782837      0.466216
+    fast     500           1  0.794147     0.450057  0.790005      0.454022
     wrote training.png
 
 RUN is a --model_save_dir, a --log_dir or a metrics.jsonl of deepfm_train_eval.py; the run may still be going on.

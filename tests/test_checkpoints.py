@@ -1,0 +1,385 @@
+"""Checkpoints: format, resume after a kill, half ones, disk space, other numbers of processes, use of the model."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import namedtuple
+
+import numpy as np
+import oneflow as flow
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, TABLE_SIZES, make_dataset, run_trainer, trainer_command
+from sklearn.metrics import log_loss, roc_auc_score
+
+import deepfm_train_eval as trainer_module
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # petastorm uses pyarrow's old interfaces
+NUM_ROWS = sum(TABLE_SIZES)
+DIM = 4
+
+
+def metrics_lines(output, split):
+    found = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)
+    return [(float(auc), float(logloss)) for auc, logloss in found]
+
+
+def final_metrics(output):
+    return metrics_lines(output, "val")[-1] + metrics_lines(output, "test")[-1]
+
+
+def table_rows(path, snapshot, dim, processes=1):
+    """{id: row} read with OneFlow's own reader."""
+    folders = [f"{path}/{process}-{processes}" for process in range(processes)]
+    reader = flow.one_embedding.make_persistent_table_reader(
+        folders, snapshot, flow.int64, flow.float, 3 * dim, physical_block_size=4096)
+    return {int(key): row.copy() for keys, rows in reader for key, row in zip(keys, rows)}
+
+
+def everything(work, checkpoint, processes=1):
+    """All numbers of a checkpoint: {name: array}"""
+    folder = work / "save" / checkpoint
+    state = json.loads((folder / "state.json").read_text())
+    values = {name: value.numpy() for name, value in flow.load(str(folder / "dense")).items()}
+    for table, path, dim in (("embedding", "tables", DIM), ("embedding_fm", "tables_fm", 1)):
+        rows = table_rows(work / path, state["tables"][table]["snapshot"], dim, processes)
+        values[table] = np.stack([rows[key] for key in range(NUM_ROWS)])
+        assert len(rows) == NUM_ROWS
+    return values
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert np.array_equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def shared_dataset_dir(tmp_path_factory):
+    """No two rows to score are equal: their scores differ in the last bit between processes, and so would the AUC."""
+    folder = make_dataset(tmp_path_factory.mktemp("distinct") / "data", rows=(403, 300, 300))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for name in ("val", "test"):
+        path = folder / name / "part-00000.parquet"
+        rows = pd.read_parquet(path)
+        rows = rows.drop_duplicates([column for column in rows if column != "Label"])
+        rows.to_parquet(path, index=False)
+        info["num_samples"][name] = len(rows)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture
+def run_here(capfd):
+    """Run the trainer in this process, which saves its start; returns what it prints."""
+    def run(data_dir, work, *options):
+        capfd.readouterr()
+        trainer_module.main(trainer_command(data_dir, work, *options)[2:])
+        return capfd.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(shared_dataset_dir, tmp_path_factory):
+    """(folder, log) of a run with every kind of checkpoint."""
+    work = tmp_path_factory.mktemp("finished")
+    output, _ = run_trainer(shared_dataset_dir, work, "--model_save_dir", work / "save", "--save_initial_model",
+                            "--save_model_after_each_eval", "--train_batches", "14")
+    return work, output
+
+
+def copy_of(work, target):
+    shutil.copytree(work, target, dirs_exist_ok=True)
+    return target
+
+
+def test_folders_are_named_as_promised(finished):
+    work, output = finished
+    aucs = metrics_lines(output, "val")
+    names = {path.name for path in (work / "save").iterdir() if (path / "state.json").exists()}
+    assert names == {"initial_checkpoint", "best_checkpoint", "step_7", "step_14",
+                     *(f"step_{step}_val_auc_{auc:0.5f}" for step, (auc, _) in zip((7, 14), aucs))}
+
+
+def test_snapshot_is_read_by_oneflow_row_by_row(finished):
+    work, _ = finished
+    start, end = everything(work, "initial_checkpoint"), everything(work, "best_checkpoint")
+    for table, dim in (("embedding", DIM), ("embedding_fm", 1)):
+        assert start[table].shape == end[table].shape == (NUM_ROWS, 3 * dim)
+        assert not start[table][:, dim:].any() and start[table][:, :dim].std() < 3e-4
+        assert (end[table][:, dim:].any(axis=1) == (end[table] != start[table]).any(axis=1)).all()  # moved: has moments
+    assert end["System-Train-TrainStep"].item() in (7, 14)
+
+
+def test_evaluation_and_prediction_of_a_checkpoint(run_here, finished, shared_dataset_dir, tmp_path):
+    work, output = finished
+    best = work / "save" / "best_checkpoint"
+    scored = run_here(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best)
+    assert final_metrics(scored) == final_metrics(output)
+    table = pq.read_table(shared_dataset_dir / "test")
+    unlabelled = tmp_path / "split"
+    unlabelled.mkdir()
+    pq.write_table(table.drop(["Label"]), unlabelled / "rows.parquet", row_group_size=17)
+    labels, probs = table["Label"].to_numpy(), []
+    for split in (shared_dataset_dir / "test", unlabelled):
+        target = tmp_path / "probs" / split.name
+        run_here(shared_dataset_dir, work, "--predict", split, "--predict_output", target, "--model_load_dir", best)
+        assert pq.read_table(target).column_names == ["probability"]
+        probs.append(pq.read_table(target)["probability"].to_numpy())
+    assert np.array_equal(*probs)
+    probs = probs[0]
+    auc, logloss = final_metrics(output)[2:]
+    assert roc_auc_score(labels, probs) == pytest.approx(auc, abs=1e-6)
+    assert log_loss(labels, probs.astype(float)) == pytest.approx(logloss, abs=2e-6)
+
+
+RESUME = ["--train_batches", "20", "--loss_print_interval", "1", "--net_dropout", "0.3", "--patience", "1",
+          "--lr_factor", "0.5", "--min_delta", "1", "--early_stop_patience", "0"]  # every epoch but the first cuts
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import deepfm_train_eval as module
+owner, name, count, when = {kill}
+owner = eval(owner)
+original, calls = getattr(owner, name), []
+def wrapper(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == count and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name, wrapper)
+module.main(sys.argv[1:])
+"""
+KILLS = [  # (where, what, which call, when), last complete checkpoint
+    (("module.Trainer", "train_step", 2, "after"), None),
+    (("module.Trainer", "write_checkpoint", 1, "before"), None),  # step 3: rows are saved, the checkpoint is not
+    (("module.TableStore", "prune", 5, "before"), "step_7"),  # step 7: an old checkpoint is gone, its rows are not
+    (("module.os", "rename", 1, "after"), "step_7"),  # step 9: a key chunk is in place, its values are not
+    (("module", "publish", 1, "after"), "step_9"),  # step 9: saved, not yet pruned
+    (("module.Trainer", "train_step", 6, "after"), "step_14"),  # step 15: in the epoch behind the learning-rate cut
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_dataset_dir, tmp_path_factory):
+    """A run that saves after each of its 20 steps."""
+    work = tmp_path_factory.mktemp("uninterrupted")
+    run_trainer(shared_dataset_dir, work, "--model_save_dir", work / "save", "--checkpoint_interval", "1", *RESUME)
+    return work
+
+
+def test_killed_and_resumed_run_equals_the_other_bit_for_bit(uninterrupted, shared_dataset_dir, tmp_path):
+    save = tmp_path / "save"
+    options = ["--model_save_dir", save, "--checkpoint_interval", "3", *RESUME]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for kill, last in KILLS:
+        killer = tmp_path / "killer.py"
+        killer.write_text(KILLER.format(root=str(ROOT), kill=kill))
+        command = trainer_command(shared_dataset_dir, tmp_path, *options)
+        command[1] = str(killer)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == -9, f"{kill}: {result.stdout}{result.stderr}"
+        steps = [json.loads(path.read_text())["progress"]["step"] for path in save.glob("[!.]*/state.json")]
+        assert (f"step_{max(steps)}" if steps else None) == last, kill
+        options = ["--resume"] + [option for option in options if option != "--resume"]
+    run_trainer(shared_dataset_dir, tmp_path, *options)
+    assert_same(everything(tmp_path, "step_20"), everything(uninterrupted, "step_20"))
+    assert_same(everything(tmp_path, "best_checkpoint"), everything(uninterrupted, "best_checkpoint"))
+    logs = [[json.loads(line) for line in (work / "save/logs/metrics.jsonl").read_text().splitlines()]
+            for work in (tmp_path, uninterrupted)]
+    known = [[(line["event"], line["step"], line.get("loss"), line.get("lr"), line.get("auc")) for line in log]
+             for log in logs]
+    assert known[0] == known[1]  # nothing twice, nothing missing
+    assert [step for event, step, *_ in known[0] if event == "train"] == list(range(1, 21))
+    assert {rate for event, _, _, rate, _ in known[0] if event == "train"} == {0.01, 0.005}
+    assert not list(tmp_path.glob("tables*/.*")) and not list(save.glob(".*"))  # nothing half-done stays
+
+
+def test_twenty_saves_take_the_space_of_three(uninterrupted):
+    """Two periodic checkpoints and the best one stay, and of the tables just their chunks."""
+    names = {path.name for path in (uninterrupted / "save").iterdir() if (path / "state.json").exists()}
+    assert names == {"best_checkpoint", "step_19", "step_20"}
+    for table, path in (("embedding", "tables"), ("embedding_fm", "tables_fm")):
+        states = [json.loads(path.read_text()) for path in (uninterrupted / "save").glob("*/state.json")]
+        needed = {state["tables"][table]["snapshot"] for state in states}
+        folder = uninterrupted / path / "0-1"
+        assert {path.name for path in (folder / "snapshots").iterdir()} == needed and len(needed) == 3
+        assert len(list((folder / "values").iterdir())) == len(list((folder / "keys").iterdir())) == 3
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
+    """A kill before the n-th rename leaves the old or the new checkpoint, whole."""
+    for name, text in (("best", "old"), (".staging", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(text)
+        (tmp_path / name / "dense").write_text(text)
+    rename, done = os.rename, []
+
+    def stopping(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer_module.publish(str(tmp_path / ".staging"), ["best"], str(tmp_path))
+    monkeypatch.setattr(os, "rename", rename)
+    trainer_module.clean_save_dir(str(tmp_path))
+    contents = {path.name: path.read_text() for path in (tmp_path / "best").iterdir()}
+    assert contents == dict.fromkeys(("state.json", "dense"), "new" if renames == 2 else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd):
+    """Run the trainer in this process; it must stop with status 1 and one error line, which is returned."""
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def run(data_dir, work, *options):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            trainer_module.main(trainer_command(data_dir, work, *options)[2:])
+        errors = capfd.readouterr().err
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 1 and len(lines) == 1 and "Traceback" not in errors
+        return lines[0]
+
+    return run
+
+
+def remove(path):
+    path.unlink()
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage, pattern, message", [
+    (remove, "save/best_checkpoint/state.json", "not a complete checkpoint"),
+    (halve, "save/best_checkpoint/state.json", "not a complete checkpoint"),
+    (halve, "save/best_checkpoint/dense/*/out", "is incomplete"),
+    (remove, "save/best_checkpoint/dense/*/out", "is incomplete"),
+    (halve, "save/best_checkpoint/dense/pickled_data", "is incomplete"),
+    (halve, "tables/0-1/values/*", "missing or incomplete"),
+    (remove, "tables_fm/0-1/keys/*", "missing or incomplete"),
+    (remove, "tables/0-1/snapshots/*/LIST", "table snapshot"),
+])
+def test_half_checkpoints_are_refused(fails, finished, shared_dataset_dir, tmp_path, damage, pattern, message):
+    work = copy_of(finished[0], tmp_path)
+    for path in work.glob(pattern):
+        damage(path)
+    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "save" / "best_checkpoint")
+    assert message in error
+
+
+def test_missing_tensor_is_refused(fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    dense = work / "save" / "best_checkpoint" / "dense"
+    saved = flow.load(str(dense))
+    del saved["model.dnn.bias_1"]
+    shutil.rmtree(dense)
+    flow.save(saved, str(dense))
+    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", dense.parent)
+    assert "model.dnn.bias_1" in error
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--dnn", "8,9"], "--dnn 8,8, now it is 8,9"),
+    (["--embedding_vec_size", "5"], "--embedding_vec_size 4, now it is 5"),
+    (["--batch_norm"], "--batch_norm False, now it is True"),
+])
+def test_other_networks_are_refused(fails, finished, shared_dataset_dir, options, message):
+    work, _ = finished
+    best = work / "save" / "best_checkpoint"
+    assert message in fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best, *options)
+
+
+def test_rows_of_another_run_are_not_touched(run_here, fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    before = everything(work, "best_checkpoint")
+    assert "--overwrite_tables" in fails(shared_dataset_dir, work, "--train_batches", "1")
+    assert "--resume" in fails(shared_dataset_dir, work, "--train_batches", "1", "--model_save_dir", work / "save")
+    assert "not the folder of a run" in fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "other")
+    assert "--seed" in fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--seed", "1")
+    assert_same(before, everything(work, "best_checkpoint"))
+    run_here(shared_dataset_dir, work, "--train_batches", "1", "--overwrite_tables", "--model_save_dir", work / "save")
+    assert not (work / "save" / "initial_checkpoint").exists()
+
+
+def test_best_epoch_without_a_save_dir(shared_dataset_dir, tmp_path):
+    output, _ = run_trainer(shared_dataset_dir, tmp_path, "--train_batches", "14", "--learning_rate", "0.3")
+    aucs = metrics_lines(output, "val")
+    monitors = [auc - logloss for auc, logloss in aucs[:-1]]
+    assert aucs[-1] == aucs[int(np.argmax(monitors))] and "the checkpoint is not kept" in output
+    assert not (tmp_path / "tables" / ".best").exists()
+    assert not list((tmp_path / "tables" / "0-1" / "values").iterdir())
+    assert not list((tmp_path / "tables_fm" / "0-1" / "keys").iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished_by_two(shared_dataset_dir, tmp_path_factory):
+    work = tmp_path_factory.mktemp("finished_by_two")
+    output, _ = run_trainer(shared_dataset_dir, work, "--model_save_dir", work / "save", "--train_batches", "7",
+                            processes=2)
+    return work, output
+
+
+@pytest.mark.parametrize("first, second, start", [(1, 2, 14), (2, 1, 7)])
+def test_other_number_of_processes(finished, finished_by_two, shared_dataset_dir, tmp_path, first, second, start):
+    """The resumed run goes on for two steps and ends with the metrics of the best checkpoint, saved by the first."""
+    saved, output = finished if first == 1 else finished_by_two
+    work, end = copy_of(saved, tmp_path), start + 2
+    resumed, _ = run_trainer(
+        shared_dataset_dir, work, "--train_batches", end, "--min_delta", "1", "--resume", "--model_save_dir",
+        work / "save", processes=second)
+    assert re.search(rf"Resuming from .* step {start}\n", resumed) and f", Step {end}," in resumed
+    one, other = final_metrics(output), final_metrics(resumed)
+    assert one == pytest.approx(other, abs=1.1e-6)
+    before, after = everything(work, f"step_{start}", first), everything(work, f"step_{end}", second)
+    assert after["System-Train-TrainStep"].item() == end
+    change = np.abs(after["embedding"] - before["embedding"])
+    assert 0 < change[:, :DIM].max() < 0.05  # two steps of Adam at 0.01, from the rows and moments that were saved
+
+
+def test_interrupt_ends_in_one_line(shared_dataset_dir, tmp_path):
+    command = trainer_command(shared_dataset_dir, tmp_path, "--loss_print_interval", "1", "--early_stop_patience", "0",
+                              "--model_save_dir", tmp_path / "save")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "Step 3/" in line:
+            process.send_signal(2)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; continue with --resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
+    """Keys and index of 8 bytes, and blocks of 4 KiB with 42 rows of 96 bytes."""
+    store = trainer_module.TableStore(str(tmp_path), 8, 42 * 100)
+    needed, usage = 42 * 100 * 16 + 100 * 4096, namedtuple("usage", "total used free")
+    rows = [(np.arange(4200), np.ones((4200, 24), np.float32))]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
+    with pytest.raises(trainer_module.UserError, match="needs 0.5 MiB .* only 0.5 MiB are free"):
+        store.write_snapshot("name", rows)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
+    store.write_snapshot("name", rows)
+    assert store.count_rows("name", 1) == 4200
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert written < 1.02 * needed

@@ -1230,6 +1230,7 @@ class TableStore:
         the first process then adds to the table: nothing is visible before all of it is on disk, and each snapshot has
         chunks of its own, so that deleting it gives the space back.
         """
+        on_rank0(self._check_disk_space)
         processes = world_size()
         scratch = [os.path.join(self.path, f".writing-{process}") for process in range(processes)]
         mine = scratch[rank()]
@@ -1242,6 +1243,20 @@ class TableStore:
             writer.write(keys, rows)
         writer.close()
         on_rank0(self._add_snapshot, name, scratch, processes)
+
+    def _check_disk_space(self):
+        """For the whole table, since all processes may share the disk. OneFlow's writer aborts when it is full.
+
+        Raises: UserError
+        """
+        row_bytes = 4 * SIZE_FACTOR * self.dim
+        block_bytes = -(-row_bytes // BLOCK_SIZE) * BLOCK_SIZE
+        rows_per_block = block_bytes // row_bytes
+        needed = -(-self.num_rows // rows_per_block) * block_bytes + 16 * self.num_rows  # 8 each for key and index
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(f"saving the table needs {needed / 2**20:.1f} MiB in {self.path}, but only "
+                            f"{free / 2**20:.1f} MiB are free; free some space and continue with --resume")
 
     def _add_snapshot(self, name, scratch, processes):
         for process, target in enumerate(self.folders(processes)):
@@ -1714,7 +1729,12 @@ class Trainer:
 
     def load_dense(self, folder):
         """Read the dense tensors into the model; return all of them."""
-        saved = flow.load(os.path.join(folder, "dense"))
+        path = os.path.join(folder, "dense")
+        try:
+            saved = flow.load(path)
+        except Exception as error:  # for a missing or short file it is an AssertionError, an OSError, a pickle error...
+            raise UserError(f"{path} cannot be read ({type(error).__name__}): it is incomplete; "
+                            "use another checkpoint") from None
         with flow.no_grad():
             for name, value in self.model.dnn.state_dict().items():
                 key = f"model.dnn.{name}"
@@ -2063,6 +2083,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `import oneflow` put one there that ends at once
     try:
         run(args)
     except (UserError, OSError) as error:

@@ -1,0 +1,177 @@
+"""The command line: promised names and defaults, one clear line for every mistake, what reaches OneEmbedding."""
+
+import subprocess
+import sys
+
+import oneflow as flow
+import pytest
+from conftest import ROOT
+
+import deepfm_train_eval as trainer_module
+from deepfm_train_eval import make_parser, make_store_options, parse_args
+
+REQUIRED = ["--data_dir", "data", "--persistent_path", "t", "--persistent_path_fm", "f"]
+PROMISED = {  # names and defaults that users already have in scripts
+    "data_dir": None, "num_train_samples": None, "num_val_samples": None, "num_test_samples": None,
+    "model_load_dir": None, "model_save_dir": None, "save_initial_model": False, "save_model_after_each_eval": False,
+    "disable_fusedmlp": True, "embedding_vec_size": 16, "dnn": [1000] * 5, "net_dropout": 0.2, "learning_rate": 0.001,
+    "batch_size": 10000, "train_batches": 75000, "loss_print_interval": 100, "patience": 2, "min_delta": 1e-6,
+    "table_size_array": None, "persistent_path": None, "persistent_path_fm": None, "store_type": "cached_host_mem",
+    "cache_memory_budget_mb": 1024, "amp": False, "loss_scale_policy": "static",
+}
+
+
+def test_promised_names_and_defaults():
+    args = parse_args(REQUIRED)
+    for name, default in PROMISED.items():
+        if name not in ("data_dir", "persistent_path", "persistent_path_fm"):
+            assert getattr(args, name) == default, name
+    required = {action.dest for action in make_parser()._actions if action.required}
+    assert required == {"data_dir", "persistent_path", "persistent_path_fm"}
+
+
+@pytest.mark.parametrize("options, value", [
+    (["--disable_fusedmlp"], True), (["--disable_fusedmlp", "True"], True), (["--disable_fusedmlp", "False"], False),
+])
+def test_disable_fusedmlp(options, value):
+    assert parse_args([*REQUIRED, *options]).disable_fusedmlp is value
+
+
+def test_lists_and_derived_values(monkeypatch):
+    args = parse_args([*REQUIRED, "--dnn", "400,300", "--table_size_array", "5,6,7", "--model_save_dir", "runs/a"])
+    assert (args.dnn, args.table_size_array, args.world_size) == ([400, 300], [5, 6, 7], 1)
+    assert args.log_dir == "runs/a/logs" and args.device in ("cpu", "cuda")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_args([*REQUIRED, "--batch_size", "12"]).world_size == 4
+
+
+MISTAKES = [
+    (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["--batch_size", "1e4"], "--batch_size: '1e4' is not a valid int"),
+    (["--dnn", "8,x"], "--dnn: '8,x' is not a comma-separated list of integers"),
+    (["--dnn", "8,0"], "--dnn: '8,0' has a value below 1"),
+    (["--table_size_array", "7,,8"], "--table_size_array: '7,,8' is not a comma-separated list"),
+    (["--disable_fusedmlp", "perhaps"], "--disable_fusedmlp: 'perhaps' is not True or False"),
+    (["--net_dropout", "1"], "--net_dropout: 1 must be at most 0.99"),
+    (["--learning_rate", "0"], "--learning_rate: 0 must be above 0"),
+    (["--learning_rate", "nan"], "--learning_rate: 'nan' is not finite"),
+    (["--lr_factor", "2"], "--lr_factor: 2 must be at most 1"),
+    (["--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["--store_type", "ssd"], "--store_type: invalid choice: 'ssd'"),
+    (["--batch_siz", "5"], "unrecognized arguments: --batch_siz 5"),  # no abbreviations
+    (["--amp", "--device", "cpu"], "--amp needs a CUDA device"),
+    (["--cache_memory_budget_mb", "0"], "--cache_memory_budget_mb 0 leaves --store_type cached_host_mem without a"),
+    (["--persistent_path_fm", "./t"], "--persistent_path and --persistent_path_fm are both t"),
+    (["--min_lr", "0.1"], "--min_lr 0.1 is above --learning_rate 0.001"),
+    (["--disable_fusedmlp", "False", "--batch_norm"], "--disable_fusedmlp False has no batch normalisation"),
+    (["--predict", "x"], "--predict and --predict_output go together"),
+    (["--predict", "x", "--predict_output", "y"], "--predict needs --model_load_dir"),
+    (["--eval_only"], "--eval_only needs --model_load_dir"),
+    (["--resume"], "--resume needs --model_save_dir"),
+    (["--resume", "--model_save_dir", "s", "--overwrite_tables"], "leave out --model_load_dir and --overwrite_tables"),
+    (["--resume", "--model_save_dir", "s", "--model_load_dir", "c"], "leave out --model_load_dir"),
+    (["--save_initial_model"], "--save_initial_model needs --model_save_dir"),
+    (["--save_model_after_each_eval"], "--save_model_after_each_eval needs --model_save_dir"),
+    (["--checkpoint_interval", "5"], "--checkpoint_interval needs --model_save_dir"),
+]
+
+
+@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+def test_mistakes_end_in_one_line_and_status_2(capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*REQUIRED, *options])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+@pytest.mark.parametrize("missing", ["--data_dir", "--persistent_path", "--persistent_path_fm"])
+def test_required(capsys, missing):
+    position = REQUIRED.index(missing)
+    with pytest.raises(SystemExit):
+        parse_args(REQUIRED[:position] + REQUIRED[position + 2:])
+    assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+
+
+def test_batch_that_the_processes_cannot_share(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        parse_args([*REQUIRED, "--batch_size", "100"])
+    assert "--batch_size 100 is not divisible by 3 processes; use a multiple of 3" in capsys.readouterr().err
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*REQUIRED, "--batch_size", "0"])
+    assert ended.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_cuda_is_refused_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(flow.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse_args([*REQUIRED, "--device", "cuda"])
+    assert "OneFlow sees no CUDA device" in capsys.readouterr().err
+    assert parse_args(REQUIRED).device == "cpu"
+
+
+def test_help_shows_every_default_and_fits_a_screen_per_topic():
+    result = subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", "--help"], capture_output=True, text=True,
+                            env={"PATH": "/usr/bin:/bin", "COLUMNS": "120", "HOME": "/tmp"}, timeout=120)  # fmt: skip
+    assert result.returncode == 0
+    topics = result.stdout.split("\n\n")
+    for title in ("data", "model", "training", "embedding tables", "checkpoints", "evaluation and prediction"):
+        topic = next(topic for topic in topics if topic.startswith(title + ":"))
+        assert topic.count("\n") <= 40
+    text = " ".join(result.stdout.split())
+    for action in make_parser()._actions:
+        assert action.help
+        if action.default not in (None, "==SUPPRESS==") and not action.required:
+            assert f"(default: {action.default})" in text, action.dest
+
+
+# ------------------------------------------------------------------------------------------ what OneEmbedding is given
+
+
+@pytest.mark.parametrize("store_type", trainer_module.STORE_TYPES)
+def test_store_options(store_type, tmp_path):
+    options = make_store_options(store_type, str(tmp_path), 1000, 256)
+    store = options["kv_store"]
+    assert (options["size_factor"], store["persistent_table"]["path"]) == (3, str(tmp_path))
+    assert store["persistent_table"]["physical_block_size"] == 4096
+    caches = store.get("caches", [])
+    expected = {  # the GPU cache of the two cached stores has a budget, a full cache holds every row
+        "device_mem": [("full", "device")],
+        "cached_host_mem": [("lru", "device"), ("full", "host")],
+        "cached_ssd": [("lru", "device")],
+    }
+    assert [(cache["policy"], cache["value_memory_kind"]) for cache in caches] == expected[store_type]
+    for cache in caches:
+        if cache["policy"] == "full":
+            assert cache["capacity"] == 1000
+        else:
+            assert cache["cache_memory_budget_mb"] == 256
+
+
+@pytest.mark.parametrize("store_type", trainer_module.STORE_TYPES)
+def test_arguments_of_multi_table_embedding(monkeypatch, store_type, tmp_path):
+    """No GPU is needed to see what would be built on one."""
+    seen = []
+
+    class Recorder(flow.nn.Module):
+        def __init__(self, name, **options):
+            super().__init__()
+            seen.append((name, options))
+
+    monkeypatch.setattr(trainer_module, "OneEmbeddingTable", Recorder)
+    args = parse_args([*REQUIRED, "--persistent_path", str(tmp_path / "t"), "--persistent_path_fm",
+                       str(tmp_path / "f"), "--store_type", store_type, "--embedding_vec_size", "12"])  # fmt: skip
+    placement = type("Placement", (), {"type": "cuda"})()
+    for name, dim, path in (("embedding", 12, args.persistent_path), ("embedding_fm", 1, args.persistent_path_fm)):
+        options = make_store_options(args.store_type, path, 501, args.cache_memory_budget_mb)
+        trainer_module.OneEmbedding(name, 500, dim, placement, store_options=options)
+    assert [name for name, _ in seen] == ["embedding", "embedding_fm"]
+    for (_, options), dim in zip(seen, (12, 1)):
+        assert (options["embedding_dim"], options["dtype"], options["key_type"]) == (dim, flow.float, flow.int64)
+        assert options["store_options"]["kv_store"]["persistent_table"]["path"].startswith(str(tmp_path))
+        [table] = options["tables"]
+        assert table["initializer"] == {"type": "normal", "mean": 0.0, "std": 1e-4}

@@ -17,6 +17,7 @@ import ctypes
 import glob
 import importlib.util
 import json
+import keyword
 import math
 import os
 import queue
@@ -412,6 +413,10 @@ def read_dataset(args):
     if LABEL not in columns:
         raise UserError(f"{splits['train'].files[0]} has no column {LABEL}; its columns are {_shorten(columns)}")
     fields = [name for name in columns if name != LABEL]
+    unusable = [name for name in fields if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    if unusable:
+        raise UserError(f"petastorm cannot read the columns {_shorten(unusable)}; rename them in {args.data_dir}: "
+                        "letters, digits, underscores; no digit or underscore first, no Python keyword")
     for split in splits.values():
         if set(split.columns) != set(columns):
             raise UserError(f"the {split.name} split has columns {_shorten(split.columns)}, but train has "
@@ -456,7 +461,7 @@ def _check_ranges(dataset, split):
             _raise_id_error(dataset, split, f, *bounds)
     bounds = split.column_range(LABEL) if split.labelled else None
     if bounds and not 0 <= bounds[0] <= bounds[1] <= 1:
-        raise UserError(f"the labels of the {split.name} split go from {bounds[0]} to {bounds[1]}, "
+        raise UserError(f"the labels of the {split.name} split go from {bounds[0] + 0:g} to {bounds[1]:g}, "
                         "expected only 0 and 1; convert the data again")
     if bounds and bounds[0] == bounds[1]:
         raise UserError(f"all labels of the {split.name} split are {bounds[0]:g}; AUC needs both 0 and 1")

@@ -17,6 +17,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 TABLE_SIZES = [7, 11, 40]
 
 
+def pytest_configure(config):
+    for category in ("FutureWarning", "DeprecationWarning"):  # petastorm uses pyarrow's old interfaces
+        config.addinivalue_line("filterwarnings", f"ignore::{category}:petastorm")
+
+
 def write_split(folder, labels, ids, row_group_rows, names=None):
     """One parquet file; labels (n,), ids int (n, F) global."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,131 @@
+"""AUC and logloss, learning-rate cuts and stopping, the metrics log."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+from tensorboardX.proto.event_pb2 import Event
+
+from deepfm_train_eval import MetricsLog, Plateau, auc_and_logloss
+
+
+@pytest.mark.parametrize("levels", [0, 5])
+def test_auc_and_logloss_equal_scikit_learns(levels):
+    """levels: number of different scores, so that there are ties; 0: all differ."""
+    rng = np.random.default_rng(levels)
+    labels = (rng.random(5000) < 0.3).astype(np.float32)
+    probs = np.clip(0.3 + 0.2 * labels + 0.2 * rng.normal(size=5000), 0.01, 0.99)
+    probs = (np.ceil(probs * levels) / (levels + 1) if levels else probs).astype(np.float32)
+    auc, logloss = auc_and_logloss(labels, probs)
+    positives, negatives = probs[labels == 1], probs[labels == 0]
+    by_pairs = np.mean(positives[:, None] > negatives) + 0.5 * np.mean(positives[:, None] == negatives)
+    assert auc == pytest.approx(by_pairs, abs=1e-9) and auc == pytest.approx(roc_auc_score(labels, probs), abs=1e-9)
+    assert logloss == pytest.approx(log_loss(labels, probs.astype(np.float64)), abs=1e-9)
+
+
+def test_certain_and_wrong_costs_a_finite_amount():
+    auc, logloss = auc_and_logloss(np.float32([0, 1]), np.float32([1, 0]))
+    assert auc == 0 and logloss == pytest.approx(-np.log(1e-7), rel=0.01)
+
+
+def test_one_class_has_no_auc():
+    auc, logloss = auc_and_logloss(np.ones(4, np.float32), np.full(4, 0.5, np.float32))
+    assert np.isnan(auc) and logloss == pytest.approx(np.log(2))
+
+
+def run_plateau(monitors, patience=2, early_stop_patience=4, **options):
+    """[(learning rate behind the epoch, improved, stopped), ...] until it stops"""
+    settings = {"learning_rate": 1e-3, "min_delta": 1e-6, "lr_factor": 0.1, "min_lr": 1e-6, **options}
+    plateau = Plateau(SimpleNamespace(patience=patience, early_stop_patience=early_stop_patience, **settings))
+    states = []
+    for monitor in monitors:
+        improved = plateau.update(monitor)
+        states.append((pytest.approx(plateau.learning_rate), improved, plateau.stopped))
+        if plateau.stopped:
+            break
+    return states
+
+
+def test_cuts_and_stop_with_the_defaults():
+    assert run_plateau([0.1, 0.3, 0.2, 0.2, 0.4, 0.3, 0.3, 0.3, 0.3, 0.9]) == [
+        (1e-3, True, False), (1e-3, True, False), (1e-3, False, False), (1e-4, False, False), (1e-4, True, False),
+        (1e-4, False, False), (1e-5, False, False), (1e-5, False, False), (1e-6, False, True)]
+
+
+def test_fuxictrs_recipe_cuts_at_once_and_stops_at_the_second():
+    assert run_plateau([0.3, 0.2, 0.4, 0.39, 0.38, 0.5], patience=1, early_stop_patience=2) == [
+        (1e-3, True, False), (1e-4, False, False), (1e-4, True, False), (1e-5, False, False), (1e-6, False, True)]
+
+
+def test_small_gains_do_not_count_and_the_rate_has_a_floor():
+    states = run_plateau([0.3, 0.3 + 5e-7, 0.3 + 9e-7, 0.3 + 3e-6], patience=1, early_stop_patience=0, min_lr=5e-5)
+    assert states == [(1e-3, True, False), (1e-4, False, False), (5e-5, False, False), (5e-5, True, False)]
+
+
+def test_without_early_stopping_it_goes_on():
+    assert len(run_plateau([0.5] + [0.1] * 50, early_stop_patience=0)) == 51
+
+
+def test_plateau_state_survives(tmp_path):
+    args = SimpleNamespace(learning_rate=1e-3, min_delta=0, lr_factor=0.1, min_lr=0, patience=2, early_stop_patience=4)
+    first, second = Plateau(args), Plateau(args)
+    for monitor in (0.3, 0.2, 0.1):
+        first.update(monitor)
+    second.load(json.loads(json.dumps(first.state())))
+    for monitor in (0.2, 0.1, 0.1):
+        assert first.update(monitor) == second.update(monitor) and first.state() == second.state()
+    assert second.stopped
+
+
+def scalars(folder):
+    """{(tag, step), ...} of the TensorBoard events, read from their records: length, 4 bytes, event, 4 bytes."""
+    found = set()
+    for path in folder.glob("events.out.tfevents.*"):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            length = int.from_bytes(content[position:position + 8], "little")
+            event = Event.FromString(content[position + 12:position + 12 + length])
+            found |= {(value.tag, event.step) for value in event.summary.value}
+            position += 16 + length
+    return found
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_log_and_its_resumption(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, loss=1.0 / step, epoch=1)
+    log.write("val", 3, auc=0.7)
+    assert len(lines(tmp_path)) == 4  # readable while the run goes on
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "st')  # a killed process
+    time.sleep(1.1)  # event files are named after the second
+    log = MetricsLog(tmp_path, resumed_step=2)
+    log.write("train", 3, loss=9.0)
+    log.close()
+    assert [(line["event"], line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        ("train", 1, 1.0), ("train", 2, 0.5), ("train", 3, 9.0)]
+    assert {("train/loss", 1), ("train/loss", 3), ("val/auc", 3)} <= scalars(tmp_path)
+
+
+def test_a_new_run_does_not_keep_an_old_runs_lines(tmp_path):
+    for loss in (1.0, 2.0):
+        log = MetricsLog(tmp_path)
+        log.write("train", 1, loss=loss)
+        log.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0] and len(list(tmp_path.glob("events*"))) == 1
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = MetricsLog(None)
+    log.write("train", 1, loss=1.0)
+    log.close()
+    assert not list(tmp_path.iterdir())

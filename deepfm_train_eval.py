@@ -551,23 +551,19 @@ def _next_row_group(reader, split, patience=60):
 
 
 def shuffled(blocks, pool_rows, rng):
-    """Yield the rows of `blocks` in random order: a pool of at least `pool_rows` is permuted, half of it handed out."""
-    pool, size = [], 0
-    for block in blocks:
-        pool.append(block)
-        size += len(block[0])
-        if size >= pool_rows:
-            ids, labels = _permuted(pool, rng)
-            half = size // 2
-            yield ids[:half], labels[:half]
-            pool, size = [(ids[half:], labels[half:])], size - half
-    if pool:
-        yield _permuted(pool, rng)
-
-
-def _permuted(blocks, rng):
-    order = rng.permutation(sum(len(ids) for ids, _ in blocks))
-    return np.concatenate([ids for ids, _ in blocks])[order], np.concatenate([labels for _, labels in blocks])[order]
+    """Yield the rows of `blocks` in random order: each new row takes the place of a random one of a pool."""
+    stream = RowStream(blocks)
+    pool = stream.take(pool_rows)
+    if not pool:
+        return
+    ids, labels = (np.concatenate(parts) for parts in zip(*pool))
+    while stream.available or stream.fill(1):
+        for new_ids, new_labels in stream.take(min(stream.available, len(ids))):
+            places = rng.permutation(len(ids))[:len(new_ids)]
+            yield ids.take(places, axis=0), labels[places]  # twice as fast as ids[places]
+            ids[places], labels[places] = new_ids, new_labels
+    order = rng.permutation(len(ids))
+    yield ids.take(order, axis=0), labels[order]
 
 
 class RowStream:
@@ -577,14 +573,19 @@ class RowStream:
         self.blocks = iter(blocks)
         self.parts, self.available = deque(), 0
 
-    def take(self, count):
-        """A list of (ids, labels) with `count` rows together, fewer at the end of the stream."""
+    def fill(self, count):
+        """Read on until `count` rows are available, or fewer at the end of the stream; returns how many are."""
         while self.available < count:
             block = next(self.blocks, None)
             if block is None:
                 break
             self.parts.append(block)
             self.available += len(block[0])
+        return self.available
+
+    def take(self, count):
+        """A list of (ids, labels) with `count` rows together, fewer at the end of the stream."""
+        self.fill(count)
         taken = []
         while count > 0 and self.parts:
             ids, labels = self.parts.popleft()
@@ -685,8 +686,11 @@ def draw_masks(hidden_units, rows, dropout, seed, step, process):
     threshold = np.uint8(round(256 * (1 - keep_probability(dropout))))
     masks = []
     for units in hidden_units:
-        raw = np.frombuffer(rng.bytes(rows * units), np.uint8)
-        masks.append((raw >= threshold).view(np.int8).reshape(rows, units))
+        size = rows * units
+        # 64 bits at a time, and compared in place: four times as fast as rng.bytes and a new array
+        noise = rng.integers(0, 2**64 - 1, -(-size // 8), np.uint64, endpoint=True).view(np.uint8)[:size]
+        np.greater_equal(noise, threshold, out=noise.view(bool))
+        masks.append(noise.view(np.int8).reshape(rows, units))
     return masks
 
 

@@ -28,7 +28,7 @@ def make_dataset(folder, rows, fields, table_rows):
     """
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    from parquet_common import parquet_writer
 
     if table_rows < fields:
         raise RuntimeError(f"--table_rows {table_rows} is below --fields {fields}; every field needs a row")
@@ -41,7 +41,7 @@ def make_dataset(folder, rows, fields, table_rows):
         group_rows = -(-num_rows // groups)
         counts[split] = groups * group_rows
         (folder / split).mkdir(parents=True)
-        with pq.ParquetWriter(folder / split / "part-00000.parquet", dataset_schema(fields)) as writer:
+        with parquet_writer(folder / split / "part-00000.parquet", dataset_schema(fields)) as writer:
             for _ in range(groups):
                 columns = [(rng.random(group_rows) < 0.25).astype(np.float32)]
                 columns[0][:2] = 0, 1  # both labels

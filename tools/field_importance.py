@@ -40,7 +40,7 @@ from plot_training import COLOURS, Parser, png_path, save  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import deepfm_train_eval as trainer_code  # noqa: E402
-from deepfm_train_eval import LABEL, Batch, Dataset, EvalGraph, Split, Trainer, UserError, to_split  # noqa: E402
+from deepfm_train_eval import LABEL, Batch, Dataset, Split, Trainer, UserError  # noqa: E402
 
 BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 
@@ -91,15 +91,15 @@ def read_ids(dataset, split, max_rows=None):
 
 def score(trainer, ids):
     """Probabilities float32 (n,) of the model for ids (n, F)."""
-    if trainer.eval_graph is None:
-        trainer.eval_graph = EvalGraph(trainer.model.eval(), trainer.args.amp)
-    size, probs = trainer.args.batch_size, np.empty(len(ids), np.float32)
-    for start in range(0, len(ids), size):
-        part = ids[start:start + size]
-        batch = Batch([(part, np.zeros(len(part), np.float32))], size, len(part), trainer.dataset.num_rows)
-        output = trainer.eval_graph(to_split(batch.ids, trainer.placement), to_split(batch.weights, trainer.placement))
-        probs[start:start + len(part)] = output.to_local().numpy()[:len(part), 0]
-    return probs
+    size, num_rows = trainer.args.batch_size, trainer.dataset.num_rows
+
+    def batches():
+        for start in range(0, len(ids), size):
+            part = ids[start:start + size]
+            labels = np.zeros(len(part), np.float32)  # not used
+            yield Batch([(part, labels)], size, len(part), num_rows), labels
+
+    return trainer.score(batches(), len(ids), "val")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- importance

@@ -14,6 +14,7 @@ Letters in shape comments: B batch, F fields, D embedding size, H hidden units.
 
 import argparse
 import ctypes
+import fcntl
 import glob
 import importlib.util
 import json
@@ -94,6 +95,22 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm
 import oneflow as flow  # noqa: E402
 from oneflow import nn  # noqa: E402
 from petastorm import make_batch_reader  # noqa: E402
+
+
+def use_one_compute_thread():
+    """Run the operators of a CPU graph in one thread of this process.
+
+    OneFlow makes one for every core (cpu_device_num, task_stream_index_manager.cpp) and deals the operators to them.
+    With one process per core they displace each other: two processes on two cores took 1.2 times as long per step.
+    """
+    session = flow.framework.session_context.GetDefaultSession()
+    session.TryInit()
+    resource = session.resource
+    resource.cpu_device_num = 1
+    session.update_resource_eagerly(resource)
+
+
+use_one_compute_thread()
 
 LABEL = "Label"
 SPLITS = ("train", "val", "test")
@@ -830,7 +847,17 @@ class FM(nn.Module):
 
     def forward(self, first_order, embeddings):
         """first_order (B, F, 1), embeddings (B, F, D) -> (B, 1), in logit units"""
-        return first_order.flatten(1).sum(dim=1, keepdim=True) + second_order(embeddings)
+        return sum_over_fields(first_order) + second_order(embeddings)
+
+
+def sum_over_fields(x):
+    """(B, F, D) -> (B, D)"""
+    if x.placement.type != "cpu":
+        return x.sum(dim=1)
+    # as a product with F identity matrices, because OneFlow's sums and their gradients are slow on CPU
+    _, fields, width = x.shape
+    identities = flow.cat([flow.eye(width, placement=x.placement, sbp=flow.sbp.broadcast)] * fields)
+    return flow._C.matmul(x.flatten(1), identities)
 
 
 def second_order(embeddings):
@@ -838,9 +865,9 @@ def second_order(embeddings):
 
     In O(F*D) by Rendle's identity (Factorization Machines, 2010, lemma 3.1). x * x, because pow is slow on CPU.
     """
-    sum_over_fields = embeddings.sum(dim=1)  # (B, D)
-    square_of_sum = (sum_over_fields * sum_over_fields).sum(dim=1, keepdim=True)
-    sum_of_square = (embeddings * embeddings).flatten(1).sum(dim=1, keepdim=True)
+    sums = sum_over_fields(embeddings)
+    square_of_sum = sum_over_fields((sums * sums).unsqueeze(2))
+    sum_of_square = sum_over_fields((embeddings * embeddings).flatten(1).unsqueeze(2))
     return 0.5 * (square_of_sum - sum_of_square)
 
 
@@ -892,23 +919,31 @@ class DNN(nn.Module):
             return flow._C.fused_mlp(*arguments, True), []
         if self.training and self.dropout > 0 and self.generator is not None:
             masks = self.draw_masks_in_graph(x.shape[0])
-        statistics = []
+        statistics, scale, ones = [], 1.0, flow.ones_like(weights)
         for i in range(num_hidden):
-            x = self.normalise(i, x, weights, statistics) if self.batch_norm else self.linear(i, x)
+            x = self.multiply(i, x, scale)
+            x = self.normalise(i, x, weights, statistics) if self.batch_norm else self.add_bias(i, x, ones)
             x = flow.relu(x)
             if masks:
-                x = x * masks[i].to(x.dtype) * (1.0 / keep_probability(self.dropout))
-        return self.linear(num_hidden, x), statistics
+                x = x * masks[i].to(x.dtype)
+                scale = 1.0 / keep_probability(self.dropout)  # free of charge in the next product
+        return self.add_bias(num_hidden, self.multiply(num_hidden, x, scale), ones), statistics
 
-    def linear(self, i, x):
-        return flow._C.matmul(x, getattr(self, f"weight_{i}"), transpose_b=True) + getattr(self, f"bias_{i}")
+    def multiply(self, i, x, scale):
+        return flow._C.matmul(x, getattr(self, f"weight_{i}"), transpose_b=True, alpha=scale)
+
+    def add_bias(self, i, x, ones):
+        bias = getattr(self, f"bias_{i}")
+        if x.placement.type != "cpu":
+            return x + bias
+        # as an outer product, because OneFlow's gradient of a broadcast is slow on CPU
+        return x + flow._C.matmul(ones, bias.unsqueeze(0))
 
     def normalise(self, i, x, weights, statistics, epsilon=1e-5):
-        """Linear map and batch normalisation (arXiv:1502.03167) over the valid rows of the whole global batch.
+        """Batch normalisation (arXiv:1502.03167) over the valid rows of the whole global batch.
 
         OneFlow's own BatchNorm1d knows neither padding rows nor other processes.
         """
-        x = flow._C.matmul(x, getattr(self, f"weight_{i}"), transpose_b=True)
         if self.training:
             mean = flow._C.matmul(weights, x, transpose_a=True).to_global(sbp=flow.sbp.broadcast)  # (1, H)
             centred = x - mean
@@ -1004,6 +1039,7 @@ class TrainGraph(nn.Graph):
     def __init__(self, model, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, amp=False,
                  loss_scale_policy="static"):
         super().__init__()
+        self.config.allow_fuse_add_to_output(True)  # adds the bias inside the matrix product
         self.model = model
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
         dense = list(model.dnn.parameters())
@@ -1354,12 +1390,15 @@ class TableStore:
 
     def read_snapshot(self, name, processes):
         """Yield (keys int64 (n,), rows float32 (n, 3 * D)) of a snapshot that `processes` processes wrote."""
-        reader = flow.one_embedding.make_persistent_table_reader(
-            self.folders(processes), name, flow.int64, flow.float, SIZE_FACTOR * self.dim,
-            physical_block_size=BLOCK_SIZE)
-        for keys, rows in reader:
-            known = keys < self.num_rows  # a table trained on CUDA also has the padding row
-            yield keys[known], rows[known]
+        first, folders = rank() % processes, self.folders(processes)
+        for folder in folders[first:] + folders[:first]:  # all processes read, each begins with another folder
+            with _alone_in(folder):
+                reader = flow.one_embedding.make_persistent_table_reader(
+                    [folder], name, flow.int64, flow.float, SIZE_FACTOR * self.dim, physical_block_size=BLOCK_SIZE)
+                for keys, rows in reader:
+                    known = keys < self.num_rows  # a table trained on CUDA also has the padding row
+                    yield keys[known], rows[known]
+                reader.close()
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 
@@ -1383,6 +1422,18 @@ class TableStore:
                 for kind in ("key", "value"):
                     with suppress(FileNotFoundError):
                         os.remove(os.path.join(folder, f"{kind}s", f"{kind}-{chunk:012d}"))
+
+
+@contextmanager
+def _alone_in(folder):
+    """Wait for the other processes that are in the folder: OneFlow 0.8.0 aborts when two open a table to read."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _listdir(path):

@@ -5,14 +5,16 @@ import oneflow as flow
 import pytest
 from reference import second_order_by_loops
 
-from deepfm_train_eval import DNN, INIT_STD, draw_masks, initial_rows, keep_probability, second_order
+from deepfm_train_eval import DNN, INIT_STD, draw_masks, initial_rows, keep_probability, second_order, sum_over_fields
 
 CPU = flow.placement("cpu", [0])
 
 
 def test_second_order_is_the_sum_over_pairs_of_fields():
     embeddings = np.random.default_rng(0).normal(size=(5, 7, 3)).astype(np.float32)
-    result = second_order(flow.tensor(embeddings)).numpy()
+    split = flow.tensor(embeddings).to_global(CPU, flow.sbp.split(0))
+    assert np.allclose(sum_over_fields(split).to_local().numpy(), embeddings.sum(axis=1), atol=1e-5)
+    result = second_order(split).to_local().numpy()
     assert result.shape == (5, 1)
     assert np.allclose(result[:, 0], second_order_by_loops(embeddings), atol=1e-4)
 

@@ -25,6 +25,7 @@ import queue
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -79,6 +80,21 @@ def avoid_launch_race():
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def wait_for_first_process(patience=60):
+    """Let the first process listen before OneFlow calls it at import: after a call in vain it sleeps for 10 seconds.
+
+    See rpc_client.cpp. Gives up after `patience` seconds, because OneFlow says more clearly who is missing.
+    """
+    if int(os.environ.get("RANK", "0")) <= 0 or "MASTER_PORT" not in os.environ:
+        return
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(address, timeout=1):
+            return
+        time.sleep(0.05)
+
+
 BLAS = preload_blas()
 avoid_launch_race()
 
@@ -92,6 +108,7 @@ from tqdm import tqdm  # noqa: E402
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group
 warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
+wait_for_first_process()
 import oneflow as flow  # noqa: E402
 from oneflow import nn  # noqa: E402
 from petastorm import make_batch_reader  # noqa: E402

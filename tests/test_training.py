@@ -1,6 +1,9 @@
 """The whole training step against the numpy reference, and one process against two."""
 
 import json
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +11,16 @@ from conftest import run_trainer
 from reference import Reference, sigmoid
 
 import deepfm_train_eval as trainer_module
-from deepfm_train_eval import Batch, Trainer, draw_masks, keep_probability, make_stores, parse_args, read_dataset
+from deepfm_train_eval import (
+    Batch,
+    Trainer,
+    draw_masks,
+    keep_probability,
+    make_stores,
+    parse_args,
+    read_dataset,
+    wait_for_first_process,
+)
 
 ROWS, STEPS = 32, 20
 
@@ -154,3 +166,20 @@ def test_two_processes_equal_one(shared_dataset_dir, tmp_path, options):
 def test_loss_that_is_not_finite_stops_the_run(shared_dataset_dir, tmp_path):
     _, errors = run_trainer(shared_dataset_dir, tmp_path, "--learning_rate", "1e30", "--train_batches", "9", status=1)
     assert "error: the loss is " in errors and "lower --learning_rate" in errors and "Traceback" not in errors
+
+
+def test_other_processes_wait_until_the_first_listens(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}.items():
+            monkeypatch.setenv(name, str(value))
+        start = time.monotonic()
+        wait_for_first_process(patience=0.2)  # nobody listens
+        assert time.monotonic() - start >= 0.2
+        threading.Timer(0.5, server.listen).start()
+        wait_for_first_process()
+        assert 0.6 < time.monotonic() - start < 10
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_PORT", "1")
+        wait_for_first_process()  # the first waits for nobody
+        assert time.monotonic() - start < 10

@@ -15,6 +15,7 @@
 #   DEVICE_NUM_PER_NODE     processes on this node; default: one per visible GPU, or without a GPU one per CPU core:
 #                           the largest number up to 8 that divides the batch
 #   OMP_NUM_THREADS         threads per process, default: cores / processes
+#   GLIBC_TUNABLES          without a GPU default glibc.malloc.hugetlb=1, large pages for tables and matrices
 #   NUM_NODES, NODE_RANK    number of nodes and the number of this one from 0, default 1 and 0
 #   MASTER_ADDR             address of node 0, needed for more than one node
 #   MASTER_PORT             its port; default: a free one, with more than one node 29500

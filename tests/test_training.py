@@ -148,19 +148,36 @@ def metrics(folder):
     return [(line["event"], line["step"], line.get("loss", line.get("logloss")), line.get("auc", 0)) for line in lines]
 
 
-@pytest.mark.parametrize("options", [[], ["--batch_norm", "--embedding_l2", "0.01", "--max_grad_norm", "1"]])
-def test_two_processes_equal_one(shared_dataset_dir, tmp_path, options):
-    runs = []
-    for processes in (1, 2):
-        work = tmp_path / str(processes)
-        run_trainer(shared_dataset_dir, work, "--net_dropout", "0", "--train_batches", "20", "--log_dir", work / "logs",
-                    "--loss_print_interval", "1", *options, processes=processes)
-        runs.append(metrics(work))
-    assert len(runs[0]) == len(runs[1]) > 20
-    for one, two in zip(*runs):
+def train_and_read(data_dir, work, *options, **launch):
+    """(metrics of a run without dropout, its output)"""
+    output, _ = run_trainer(data_dir, work, "--net_dropout", "0", "--log_dir", work / "logs",
+                            "--loss_print_interval", "1", *options, **launch)
+    return metrics(work), output
+
+
+def assert_close(first, second):
+    assert len(first) == len(second) > 8
+    for one, two in zip(first, second):
         assert one[:2] == two[:2] and one[2] == pytest.approx(two[2], abs=1e-5)
         # many of the 101 rows are equal, and rounding decides which of them comes first: one tie is 1 / 5000
         assert one[3] == pytest.approx(two[3], abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [[], ["--batch_norm", "--embedding_l2", "0.01", "--max_grad_norm", "1"]])
+def test_two_processes_equal_one(shared_dataset_dir, tmp_path, options):
+    runs = [train_and_read(shared_dataset_dir, tmp_path / str(processes), "--train_batches", "12", *options,
+                           processes=processes)[0] for processes in (1, 2)]
+    assert_close(*runs)
+
+
+def test_the_blas_of_choice_gives_the_same_results(shared_dataset_dir, tmp_path, monkeypatch):
+    runs = {}
+    for blas in ("scipy", "oneflow"):
+        monkeypatch.setenv("DEEPFM_BLAS", blas)
+        runs[blas], output = train_and_read(shared_dataset_dir, tmp_path / blas, "--dnn", "200,200", "--train_batches",
+                                            "9")
+        assert ("BLAS: OneFlow built-in" in output) == (blas == "oneflow")
+    assert_close(runs["scipy"], runs["oneflow"])
 
 
 def test_loss_that_is_not_finite_stops_the_run(shared_dataset_dir, tmp_path):

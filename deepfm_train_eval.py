@@ -936,7 +936,7 @@ class DNN(nn.Module):
             return flow._C.fused_mlp(*arguments, True), []
         if self.training and self.dropout > 0 and self.generator is not None:
             masks = self.draw_masks_in_graph(x.shape[0])
-        statistics, scale, ones = [], 1.0, flow.ones_like(weights)
+        statistics, scale, ones = [], 1.0, 0 * weights + 1  # flow.ones_like warns in a graph
         for i in range(num_hidden):
             x = self.multiply(i, x, scale)
             x = self.normalise(i, x, weights, statistics) if self.batch_norm else self.add_bias(i, x, ones)

@@ -282,15 +282,18 @@ def test_seed_changes_the_order_only_and_memory_nothing(nasty, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
-def test_spark_equals_arrow(nasty, tmp_path, monkeypatch):
-    monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 60_000)  # several blocks
-    tool = [sys.executable, str(Path(criteo_parquet.__file__)), "--input_dir", str(nasty[0])]
-    assert run(nasty[0], tmp_path / "arrow") == 0
+def test_spark_equals_arrow(nasty, tmp_path):
+    script = "import sys, criteo_parquet as t; t.BLOCK_BYTES = 60_000; sys.exit(t.main(sys.argv[1:]))"  # several blocks
     scratch = tmp_path / "scratch"
+    assert run(nasty[0], tmp_path / "arrow") == 0
     done = subprocess.run(
-        [*tool, "--output_dir", tmp_path / "spark", "--engine", "spark", "--spark_master", "local[1]",
-         "--spark_tmp_dir", scratch, "--memory_gb", "1"], capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+        [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "spark", "--engine", "spark",
+         "--spark_master", "local[1]", "--spark_tmp_dir", scratch, "--memory_gb", "1"],
+        env={**os.environ, "PYTHONPATH": str(Path(criteo_parquet.__file__).parent)},
+        capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    steps = [line.split(" rows/s")[0].rsplit(" ", 1)[0] for line in done.stdout.splitlines()]
+    assert steps[-5:-1] == [f"{step}: 660 rows," for step in ("counting tokens", "encoding", "sorting", "writing")]
     for split in NAMES:
         assert pq.read_table(tmp_path / "spark" / split).equals(pq.read_table(tmp_path / "arrow" / split))
     infos = [json.loads((tmp_path / engine / "dataset_info.json").read_text()) for engine in ("arrow", "spark")]
@@ -304,6 +307,41 @@ def test_spark_without_java(nasty, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     assert run(nasty[0], tmp_path / "out", "--engine", "spark") == 1
     assert capsys.readouterr().err.startswith("error: --engine spark needs Java")
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signals_wait_until_spark_has_started(number, error):
+    """A start that is broken off leaves a Java process behind."""
+    before = [signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))]
+    started = False
+    try:
+        with pytest.raises(error), criteo_parquet.signals_held():
+            os.kill(os.getpid(), number)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Spark does
+            started = True
+        assert signal.getsignal(signal.SIGINT) == before[0]
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+    assert started
+
+
+def test_spark_errors_are_one_line():
+    java = "An error occurred while calling o36.range.\n: java.lang.IllegalStateException: stopped\n\tat a.B(C.java:1)"
+    shown = str(criteo_parquet.worker_error(RuntimeError(java)))
+    assert shown.startswith("Spark failed: java.lang.IllegalStateException: stopped; check Java and --spark_master")
+    worker = RuntimeError("Traceback:\n  parquet_common.DataError: x.csv, line 3: no\n\tat org.apache")
+    assert str(criteo_parquet.worker_error(worker)) == "x.csv, line 3: no"
+
+
+def test_share_of_tasks():
+    class Item:
+        def __init__(self, **fields):
+            self.__dict__.update(fields)
+
+    stages = {1: Item(numTasks=3, numCompletedTasks=3), 2: Item(numTasks=5, numCompletedTasks=1), 3: None}
+    tracker = Item(getJobIdsForGroup=lambda _: [7, 8], getStageInfo=stages.get,
+                   getJobInfo={7: Item(stageIds=[1]), 8: Item(stageIds=[2, 3])}.get)  # fmt: skip
+    assert criteo_parquet.share_of_tasks(tracker, "sorting") == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -328,6 +366,9 @@ BAD_LINES = {
     "fraction": (lambda row: row[:5] + ["1.5"] + row[6:], "I5 is '1.5', expected a whole number"),
     "infinite": (lambda row: row[:5] + ["inf"] + row[6:], "I5 is 'inf', expected a whole number"),
     "too large": (lambda row: row[:5] + ["1" * 19] + row[6:], "I5 is '1111111111111111111', expected a whole number"),
+    "carriage return": (lambda row: row[:20] + ["ab\rcd"] + row[21:], "a carriage return inside the line"),
+    "zero byte": (lambda row: row[:20] + ["ab\0"] + row[21:], "a zero byte"),
+    "hidden character": (lambda row: ["\ufeff1"] + row[1:], r"label '\ufeff1', expected 0 or 1"),
     "label 2": (lambda row: ["2"] + row[1:], "label '2', expected 0 or 1"),
     "no label": (lambda row: [""] + row[1:], "label '', expected 0 or 1"),
     "label word": (lambda row: ["yes"] + row[1:], "label 'yes', expected 0 or 1"),
@@ -415,6 +456,27 @@ def test_existing_output(nasty, tmp_path, capsys):
     assert_nothing_left(tmp_path, "out")
 
 
+def test_output_around_the_input(tmp_path, capsys):
+    """--overwrite would delete the raw files."""
+    write_inputs(tmp_path / "raw", train_csv=None, valid_csv=None, test_csv=None)
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    for output in ("raw", "link", "."):
+        assert run(tmp_path / "raw", tmp_path / output, "--overwrite") == 1
+        assert "holds the input; choose another folder" in one_error(capsys)
+    assert sorted(os.listdir(tmp_path / "raw")) == ["test.csv", "train.csv", "valid.csv"]
+
+
+@pytest.mark.parametrize("memory, workers", [(10**9, 64), (60_000, 5), (100, 1)])
+def test_memory_limits_the_blocks_in_flight(nasty, tmp_path, monkeypatch, memory, workers):
+    pools, pool = [], criteo_parquet.ThreadPoolExecutor
+    monkeypatch.setattr(criteo_parquet, "ThreadPoolExecutor", lambda workers: (pools.append(workers), pool(1))[1])
+    monkeypatch.setattr(criteo_parquet, "num_cpus", lambda: 64)
+    monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(criteo_parquet, "GIGABYTE", memory)
+    assert run(nasty[0], tmp_path / "out", "--memory_gb", "5") == 0
+    assert set(pools) == {workers}
+
+
 @pytest.mark.parametrize("stage", ["spool", "parquet"])
 def test_full_disk(nasty, tmp_path, capsys, monkeypatch, stage):
     def full(*_, **__):
@@ -464,6 +526,7 @@ def test_killed_while_writing(nasty, tmp_path, number, code):
         (["--min_categr_count", "0"], "argument --min_categr_count: '0', expected a whole number of at least 1"),
         (["--mod_idx", "x"], "argument --mod_idx: 'x', expected a whole number of at least 1"),
         (["--mod_idx", str(1 << 31)], f"argument --mod_idx: {1 << 31}, expected less than {1 << 31}"),
+        (["--spark_master", "here"], "argument --spark_master: 'here', expected local[*], local[2], yarn, spark://"),
         (["--memory_gb", "-1"], "argument --memory_gb: '-1', expected a number of at least 0.1"),
         (["--seed", "-1"], "argument --seed: '-1', expected a whole number from 0"),
     ],

@@ -27,13 +27,17 @@ many machines as --spark_master has. Both folders and the scratch folder must be
 """
 
 import argparse
+import contextlib
 import errno
 import gzip
 import hashlib
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,6 +77,7 @@ ROW = np.dtype([("label", "i1"), ("ints", "<i4", len(INTEGER_FIELDS)), ("cats", 
 
 GIGABYTE = 10**9
 BLOCK_BYTES = 8 << 20  # raw text parsed at a time, about 33,000 rows
+BLOCK_MEMORY = 5  # memory that parsing a block takes, in blocks
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 NUM_FOLDS = 10
 FOLD_SEED = 2018
@@ -115,8 +120,13 @@ class RawFile:
         return opener(self.path, "rb")
 
     def blocks(self):
-        """Yield blocks of whole lines without the header: (first line number, byte offset, bytes)."""
+        """Yield blocks of whole lines without the header: (first line number, byte offset, bytes).
+
+        Sets share_read to the share of the file that has been read, for the time left.
+        """
         with self.open() as file:
+            on_disk = file.fileobj if self.gzipped else file
+            size = self.path.stat().st_size
             offset = len(file.readline()) if self.has_header else 0
             line = 2 if self.has_header else 1
             rest = b""
@@ -125,6 +135,7 @@ class RawFile:
                     read = file.read(BLOCK_BYTES)
                 except (EOFError, gzip.BadGzipFile) as error:
                     raise DataError(f"{self.path} is not a whole gzip file ({error}); get it again") from None
+                self.share_read = on_disk.tell() / size
                 data = rest + read
                 if not read:
                     if data:
@@ -197,7 +208,7 @@ def scan(raw, with_labels):
                     check_lines(raw, line, block)
                 labels.append(part.astype(np.int8))
             blocks.append((line, offset, block.count(b"\n")))
-            progress.update(blocks[-1][2])
+            progress.update(blocks[-1][2], raw.share_read)
     if not progress.done:
         raise DataError(f"{raw.path} has a header but no rows")
     if with_labels and progress.done < NUM_FOLDS:
@@ -217,11 +228,11 @@ def stratified_folds(labels, rule):
     start = 0
     classes = [0, 1] if rule == "sklearn-0.19" else [int(labels[0]), 1 - int(labels[0])]
     for label in classes:
-        members = np.flatnonzero(labels == label).astype(np.int32 if len(labels) < 1 << 31 else np.int64)
-        count = len(members)
+        members = labels == label
+        count = int(np.count_nonzero(members))
         if rule == "sklearn-0.19":
             # per class: shuffle the rows (at least one per fold), cut them into equal runs, larger ones first
-            order = np.arange(max(count, NUM_FOLDS), dtype=members.dtype)
+            order = np.arange(max(count, NUM_FOLDS), dtype=np.int32 if count < 1 << 31 else np.int64)
             random.shuffle(order)
             sizes = len(order) // NUM_FOLDS + (numbers < len(order) % NUM_FOLDS)
             shuffled = np.empty(len(order), np.int8)
@@ -243,6 +254,8 @@ def stratified_folds(labels, rule):
 
 def parse_block(raw, line, block, encoding):
     """Parse whole lines of text into an array of ROW; line is the number of the first one, for messages."""
+    if b"\0" in block:  # string_keys takes it for the end of a string
+        check_lines(raw, line, block, encoding)
     try:
         table = read_csv(raw, block, pa.int64())
     except pa.ArrowInvalid:
@@ -252,7 +265,7 @@ def parse_block(raw, line, block, encoding):
             check_lines(raw, line, block, encoding)
             raise DataError(f"{raw.path}, near line {line}: {' '.join(str(error).split())}") from None
     if table.num_rows != block.count(b"\n"):
-        raise DataError(f"{raw.path}, near line {line}: a carriage return inside a line; remove it")
+        check_lines(raw, line, block, encoding)
     rows = np.empty(table.num_rows, ROW)
     labels = table.column(LABEL).combine_chunks().fill_null(-1).to_numpy()
     valid = bool(((labels == 0) | (labels == 1)).all())
@@ -319,8 +332,11 @@ def string_keys(column):
 def check_lines(raw, line, block, encoding=None):
     """Raise a DataError for the first bad line of a block; return if there is none."""
     for number, text in enumerate(block.decode("utf-8", "replace").split("\n")[:-1], line):
-        cells = text.rstrip("\r").split(raw.separator.decode())
-        problem = line_problem(cells, encoding)
+        text = text[:-1] if text.endswith("\r") else text
+        problem = line_problem(text.split(raw.separator.decode()), encoding)
+        for character, name in (("\r", "a carriage return inside the line"), ("\0", "a zero byte")):
+            if character in text:
+                problem = f"{name}; the file is damaged, or not plain text of one byte per character"
         if problem:
             raise DataError(f"{raw.path}, line {number}: {problem}")
 
@@ -330,13 +346,13 @@ def line_problem(cells, encoding):
     if len(cells) != len(COLUMNS):
         return f"{len(cells)} columns, expected {len(COLUMNS)} (label, I1..I13, C1..C26)"
     if not is_integer(cells[0]) or float(cells[0]) not in (0, 1):
-        return f"label '{cells[0]}', expected 0 or 1"
+        return f"label {cells[0]!r}, expected 0 or 1"
     for name, cell in zip(INTEGER_FIELDS, cells[1:]):
         if cell and not is_integer(cell):
-            return f"{name} is '{cell}', expected a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
+            return f"{name} is {cell!r}, expected a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
     for name, cell in zip(CATEGORICAL_FIELDS, cells[1 + NUM_INTEGERS :]):
         if encoding is not None and encoding.hexadecimal and not re.fullmatch("[0-9a-fA-F]{0,8}", cell):
-            return f"{name} is '{cell}', expected up to 8 hexadecimal digits (--encoding x4 takes any string)"
+            return f"{name} is {cell!r}, expected up to 8 hexadecimal digits (--encoding x4 takes any string)"
     return None
 
 
@@ -545,7 +561,7 @@ def convert_arrow(args, source, encoding, folder, scratch):
     counter = TokenCounter(scratch / "counts", memory // 8, args.min_categr_count)
     for raw, splits, blocks in zip(source.files, source.splits, source.blocks):
         with Progress(f"reading {raw.path.name}", sum(rows for _, _, rows in blocks)) as progress:
-            for rows, counted in parsed_blocks(raw, splits, encoding):
+            for rows, counted in parsed_blocks(raw, splits, encoding, memory // 2):
                 for spool, part in zip(spools, rows):
                     spool.append(part)
                     progress.update(len(part))
@@ -565,15 +581,18 @@ def convert_arrow(args, source, encoding, folder, scratch):
     return fields
 
 
-def parsed_blocks(raw, splits, encoding):
-    """Yield, per block in file order, a list of ROW arrays (one per split) and the counts of its train rows or None."""
+def parsed_blocks(raw, splits, encoding, memory_bytes):
+    """Yield, per block in file order, a list of ROW arrays (one per split) and the counts of its train rows or None.
+
+    memory_bytes limits how many blocks are parsed at a time.
+    """
 
     def parse(line, block, splits):
         rows = split_rows(parse_block(raw, line, block, encoding), splits)
         counted = encoding.count(rows[0]) if isinstance(encoding, X4Encoding) and len(rows[0]) else None
         return rows, counted
 
-    workers = num_cpus()
+    workers = max(1, min(num_cpus(), memory_bytes // (BLOCK_MEMORY * BLOCK_BYTES) - 1))
     waiting, first = deque(), 0
     with ThreadPoolExecutor(workers) as pool:
         for line, _, block in raw.blocks():
@@ -603,16 +622,29 @@ def num_cpus():
 # written by the same functions as above, so that both engines give the same rows.
 
 
+# log4j2's settings; without an appender Spark would put its own settings in place of these
+NO_LOG = """
+appender.none.type = Null
+appender.none.name = none
+rootLogger.level = off
+rootLogger.appenderRef.none.ref = none
+logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
+logger.gateway.level = off
+"""
+
+
 def convert_spark(args, source, encoding, folder, scratch):
     """The same as convert_arrow, on Spark. Returns the fields."""
-    places = block_places(source, scratch)
-    spark = start_spark(args, scratch)
+    places, num_rows, spark = block_places(source, scratch), sum(source.num_rows.values()), None
     try:
+        with signals_held():
+            spark = start_spark(args, scratch)
         blocks = spark.range(0, len(places), 1, numPartitions=len(places))
         if isinstance(encoding, X4Encoding):
             counted = blocks.mapInArrow(count_blocks(places, encoding), "field long, token long, count long")
             counted = counted.groupBy("field", "token").agg({"count": "sum"}).withColumnRenamed("sum(count)", "count")
-            counted.filter(counted["count"] >= encoding.min_count).write.parquet(str(scratch / "counts"))
+            with spark_progress(spark, "counting tokens", num_rows):
+                counted.filter(counted["count"] >= encoding.min_count).write.parquet(str(scratch / "counts"))
             counted = pq.read_table(scratch / "counts").to_pandas()
             encoding.set_counts([field_counts(counted, field) for field in range(len(FIELDS))])
         fields = make_fields(FIELDS, encoding.table_sizes)
@@ -621,17 +653,73 @@ def convert_spark(args, source, encoding, folder, scratch):
             encode_blocks(places, spark.sparkContext.broadcast(encoding), args.seed),
             f"split int, key long, label int, {columns}",
         )
-        encoded.write.parquet(str(scratch / "encoded"))  # sorting looks at its input twice
-        encoded = spark.read.parquet(str(scratch / "encoded"))
-        encoded.orderBy("split", "key").drop("split", "key").write.parquet(str(scratch / "sorted"))
+        with spark_progress(spark, "encoding", num_rows):
+            encoded.write.parquet(str(scratch / "encoded"))  # sorting looks at its input twice
+        with spark_progress(spark, "sorting", num_rows):
+            encoded = spark.read.parquet(str(scratch / "encoded"))
+            encoded.orderBy("split", "key").drop("split", "key").write.parquet(str(scratch / "sorted"))
         files = file_tasks(scratch / "sorted", source.num_rows)
         tasks = spark.sparkContext.parallelize(files, len(files))
-        tasks.foreach(lambda file: write_file(folder, fields, *file))
+        with spark_progress(spark, "writing", num_rows):
+            tasks.foreach(lambda file: write_file(folder, fields, *file))
+    except DataError:
+        raise
     except Exception as error:  # Py4JJavaError, PythonException, ...: a worker's error comes as the text of a traceback
         raise worker_error(error) from None
     finally:
-        spark.stop()
+        if spark is not None:
+            with contextlib.suppress(Exception):  # it may have gone already, which is not what to report
+                spark.stop()
     return fields
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Context manager: Ctrl-C and SIGTERM wait for its end, and find the handlers that were there before it.
+
+    A start of Spark that is broken off leaves a Java process that waits for ever; and Spark's own handler of Ctrl-C,
+    which it sets when it starts, ends in a traceback.
+    """
+    came = []
+    handlers = {n: signal.signal(n, lambda *which: came.append(which)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        handlers[came[0][0]](*came[0])
+
+
+@contextlib.contextmanager
+def spark_progress(spark, what, num_rows):
+    """Context manager: Progress of the Spark jobs in it, by the share of their tasks that are done."""
+    spark.sparkContext.setJobGroup(what, what)
+    tracker, ended = spark.sparkContext.statusTracker(), threading.Event()
+
+    def watch():
+        with contextlib.suppress(Exception):  # Spark has gone
+            while not ended.wait(1):
+                done = int(num_rows * share_of_tasks(tracker, what))
+                progress.update(max(0, done - progress.done))
+
+    with Progress(what, num_rows) as progress:
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join(10)
+        progress.update(num_rows - progress.done)
+
+
+def share_of_tasks(tracker, group):
+    """Share of the tasks of a job group, as far as Spark has planned them, that are done."""
+    jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(group)]
+    stages = [tracker.getStageInfo(stage) for job in jobs if job for stage in job.stageIds]
+    tasks = sum(stage.numTasks for stage in stages if stage)
+    return sum(stage.numCompletedTasks for stage in stages if stage) / max(1, tasks)
 
 
 def start_spark(args, scratch):
@@ -642,18 +730,21 @@ def start_spark(args, scratch):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # no look-up of the machine's name
     from pyspark.sql import SparkSession
 
+    logging.disable()  # on Ctrl-C py4j logs a traceback
+    log_settings = scratch / "log4j2.properties"
+    log_settings.write_text(NO_LOG)  # errors are reported by worker_error
     builder = SparkSession.builder.master(args.spark_master).appName("criteo_parquet")
     settings = {
         "spark.driver.memory": f"{int(args.memory_gb * 1024)}m",
         "spark.local.dir": str(scratch / "spark"),
         "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
+        "spark.ui.showConsoleProgress": "false",
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={log_settings.absolute().as_uri()}",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
     }
     for key, value in settings.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("OFF")  # errors are reported by worker_error
     for module in ("parquet_common.py", "criteo_parquet.py"):
         spark.sparkContext.addPyFile(str(Path(__file__).with_name(module)))
     return spark
@@ -772,8 +863,9 @@ def worker_error(error):
         return DataError(known[0].strip())
     if "No space left on device" in text:
         return OSError(errno.ENOSPC, "No space left on device")
-    causes = re.findall(r"^(?:Caused by: .+|\w*(?:Error|Exception): .+)", text, re.MULTILINE)
-    return DataError(f"Spark failed: {causes[-1] if causes else text.splitlines()[0]}")
+    causes = re.findall(r"^(?:Caused by: .+|: .+|\w*(?:Error|Exception): .+)", text, re.MULTILINE)
+    cause = causes[-1].lstrip(": ") if causes else text.splitlines()[0]
+    return DataError(f"Spark failed: {cause}; check Java and --spark_master, or use --engine arrow")
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -796,6 +888,9 @@ def parse_args(argv=None):
     parser.add_argument("--engine", choices=["arrow", "spark"], default="arrow", help="what does the work")
     parser.add_argument("--spark_master", default="local[*]", help="Spark master (--engine spark)")
     args = parser.parse_args(argv)
+    if not re.fullmatch(r"local(\[.+\])?|yarn|(spark|k8s|mesos)://.+", args.spark_master):
+        parser.error(f"argument --spark_master: '{args.spark_master}', expected local[*], local[2], yarn, "
+                     "spark://HOST:PORT, k8s://... or mesos://...")
     if args.mod_idx >= 1 << 31:
         parser.error(f"argument --mod_idx: {args.mod_idx}, expected less than {1 << 31}")
     return args
@@ -805,7 +900,7 @@ def convert(args):
     """Make the dataset that args (see parse_args) asks for; returns the contents of dataset_info.json."""
     encoding = X4Encoding(args.min_categr_count) if args.encoding == "x4" else HashEncoding(args.mod_idx)
     engine = convert_spark if args.engine == "spark" else convert_arrow
-    with published_folder(args.output_dir, args.overwrite) as folder:
+    with published_folder(args.output_dir, args.input_dir, args.overwrite) as folder:
         with scratch_folder(args.spark_tmp_dir, folder) as scratch:
             source = Source(args.input_dir, args.fold_rule)
             fields = engine(args, source, encoding, folder, scratch)

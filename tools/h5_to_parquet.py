@@ -458,11 +458,8 @@ def inspect_input(input_dir, label):
 
 def convert(args):
     feature_map, splits, version = inspect_input(args.input_dir, args.label)
-    data_dir = Path(feature_map.path).resolve().parent
-    if Path(args.output_dir).resolve() in [data_dir, *data_dir.parents]:
-        raise DataError(f"--output_dir {args.output_dir} holds the input; choose another folder")
     fields = make_fields(feature_map.fields, feature_map.vocab_sizes)
-    with published_folder(args.output_dir, args.overwrite) as folder, \
+    with published_folder(args.output_dir, Path(feature_map.path).parent, args.overwrite) as folder, \
             scratch_folder(args.spark_tmp_dir, folder) as scratch:
         num_samples = {split: convert_split(split, parts, feature_map, fields, folder, scratch, args)
                        for split, parts in splits.items()}

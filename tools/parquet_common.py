@@ -6,7 +6,8 @@ sum of the table sizes). Train rows are in a seeded random order, val and test r
 
 Typical use (both converters look like this):
 
-    with published_folder(args.output_dir, args.overwrite) as folder, scratch_folder(args.spark_tmp_dir, folder) as tmp:
+    with published_folder(args.output_dir, args.input_dir, args.overwrite) as folder, \
+            scratch_folder(args.spark_tmp_dir, folder) as tmp:
         spool = RowSpool(tmp / "train", row_dtype, num_rows, memory_bytes, seed=args.seed)
         for rows in source:                               # structured numpy arrays of row_dtype, in input order
             spool.append(rows)
@@ -45,6 +46,7 @@ MAX_GROUP_ROWS = 50_000
 GROUPS_PER_FILE = 16  # 800,000 rows, some 50-100 MB
 READ_ROWS = 1 << 15  # rows that RowSpool hands out at a time
 LOG_SECONDS = 10
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DataError(Exception):
@@ -347,22 +349,24 @@ class SplitWriter:
 
 
 @contextlib.contextmanager
-def published_folder(output_dir, overwrite=False):
+def published_folder(output_dir, input_dir, overwrite=False):
     """Context manager: a hidden folder beside output_dir, renamed to output_dir on a normal exit, else removed.
 
-    Whatever ends the program, output_dir is either absent, the old dataset, or a complete new one.
+    Whatever ends the program, output_dir is either absent, the old dataset, or a complete new one. A folder that holds
+    input_dir is refused, because replacing it would delete the input.
     """
-    output = Path(output_dir).absolute()
+    output, source = Path(output_dir).resolve(), Path(input_dir).resolve()  # a link stays, its target is replaced
     if output.exists() and not overwrite:
         raise DataError(f"--output_dir {output_dir} exists already; choose another folder or add --overwrite")
     if output.exists() and not output.is_dir():
         raise DataError(f"--output_dir {output_dir} is a file, expected a folder; choose another name")
+    if output in [source, *source.parents]:
+        raise DataError(f"--output_dir {output_dir} holds the input; choose another folder")
     if output in [Path.cwd(), *Path.cwd().parents]:
         raise DataError(f"--output_dir {output_dir} holds the current folder; choose another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for old in output.parent.glob(f".{output.name}.partial-*"):
-        print(f"note: {old} was left by a run that was killed (or belongs to one that is running)", file=sys.stderr)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    if os.path.ismount(output):
+        raise DataError(f"--output_dir {output_dir} is a mount point, which cannot be replaced; choose a folder in it")
+    folder = _new_folder("--output_dir", output_dir, output.parent, f".{output.name}.partial-")
     try:
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         yield folder
@@ -377,6 +381,21 @@ def published_folder(output_dir, overwrite=False):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _new_folder(option, value, parent, prefix):
+    """A fresh folder in parent (made if missing) for what option asks for; says what killed runs have left there."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in sorted(path for path in parent.iterdir() if path.name.startswith(prefix)):
+            print(f"note: {old} belongs to another run, or was left by one that was killed: then delete it",
+                  file=sys.stderr)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise DataError(f"{option} {value}: cannot make a folder in {parent} ({error.strerror}); "
+                        "choose a folder that you may write to") from None
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -386,9 +405,7 @@ def _umask():
 @contextlib.contextmanager
 def scratch_folder(spark_tmp_dir, folder):
     """Context manager: a fresh scratch folder in spark_tmp_dir (made if missing), or in the unpublished dataset."""
-    if spark_tmp_dir:
-        Path(spark_tmp_dir).mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=spark_tmp_dir or folder))
+    scratch = _new_folder("--spark_tmp_dir", spark_tmp_dir, Path(spark_tmp_dir or folder).resolve(), "parquet-scratch-")
     try:
         yield scratch
     finally:
@@ -435,7 +452,10 @@ def add_common_options(parser, input_help):
 
 
 class Progress:
-    """Progress of long work in rows (total None: not known): a bar on a terminal, else a line every LOG_SECONDS."""
+    """Progress of long work in rows: a bar on a terminal, else a line every LOG_SECONDS.
+
+    total: rows to come; None when it is not known, then update() is told the share of the work that is done.
+    """
 
     def __init__(self, what, total=None):
         self.what, self.total, self.done = what, total, 0
@@ -446,15 +466,18 @@ class Progress:
 
             self.bar = tqdm(total=total, desc=what, unit="row", unit_scale=True)
 
-    def update(self, rows):
+    def update(self, rows, share=None):
         self.done += rows
+        total = self.total or (round(self.done / share) if share else None)
         if self.bar is not None:
+            self.bar.total = total
             self.bar.update(rows)
         elif time.monotonic() - self.logged >= LOG_SECONDS:
             self.logged = time.monotonic()
             rate = self.done / (self.logged - self.start)
-            left = f" of {self.total}, {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
-            print(f"{self.what}: {self.done} rows{left}, {rate:.0f} rows/s", flush=True)
+            left = f", {(total - self.done) / rate:.0f} s left" if total and rate else ""
+            of = f" of {self.total}" if self.total else ""
+            print(f"{self.what}: {self.done} rows{of}{left}, {rate:.0f} rows/s", flush=True)
 
     def __enter__(self):
         return self
@@ -493,7 +516,7 @@ def run_tool(work, output_dir):
 
 def _os_error_text(error):
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    if error.errno in NO_SPACE or "No space left on device" in str(error):
         return f"no space left on the disk{where}; free some, or choose another --output_dir or --spark_tmp_dir"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}: {error.strerror}; choose a folder that you may read and write"

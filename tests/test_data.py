@@ -13,7 +13,6 @@ from conftest import TABLE_SIZES, make_dataset, trainer_command, write_split
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import (
     RowStream,
-    Split,
     UserError,
     choose_lanes,
     eval_batches,

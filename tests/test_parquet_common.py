@@ -104,11 +104,11 @@ def test_spool_without_seed_keeps_the_order(tmp_path):
 
 def test_published_folder_appears_only_when_all_went_well(tmp_path):
     output = tmp_path / "data"
-    with pytest.raises(KeyboardInterrupt), published_folder(output) as folder:
+    with pytest.raises(KeyboardInterrupt), published_folder(output, tmp_path / "raw") as folder:
         (folder / "x").write_text("")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
-    with published_folder(output) as folder:
+    with published_folder(output, tmp_path / "raw") as folder:
         (folder / "x").write_text("new")
         assert not output.exists()
     assert os.listdir(tmp_path) == ["data"] and os.listdir(output) == ["x"]
@@ -118,22 +118,25 @@ def test_published_folder_replaces_only_with_overwrite(tmp_path):
     output = tmp_path / "data"
     output.mkdir()
     (output / "old").write_text("")
-    with pytest.raises(DataError, match="--overwrite"), published_folder(output):
+    with pytest.raises(DataError, match="--overwrite"), published_folder(output, tmp_path / "raw"):
         pass
-    with pytest.raises(DataError, match="bad"), published_folder(output, overwrite=True):
+    with pytest.raises(DataError, match="bad"), published_folder(output, tmp_path / "raw", overwrite=True):
         raise DataError("bad")
     assert os.listdir(output) == ["old"]
-    with published_folder(output, overwrite=True) as folder:
+    with published_folder(output, tmp_path / "raw", overwrite=True) as folder:
         (folder / "new").write_text("")
     assert os.listdir(tmp_path) == ["data"] and os.listdir(output) == ["new"]
 
 
-def test_current_folder_is_never_replaced(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    monkeypatch.chdir(tmp_path / "a")
-    for output in (tmp_path, tmp_path / "a"):
-        with pytest.raises(DataError, match="current folder"), published_folder(output, overwrite=True):
-            pass
+def test_folder_of_the_input_and_current_folder_are_never_replaced(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    for output, held in ((inner, "current folder"), (inner.parent, "current folder"), (tmp_path, "input")):
+        with pytest.raises(DataError, match=f"holds the {held}"):
+            published_folder(output, raw, overwrite=True).__enter__()
+        assert inner.is_dir()
 
 
 @pytest.mark.parametrize(

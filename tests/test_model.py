@@ -12,9 +12,9 @@ CPU = flow.placement("cpu", [0])
 
 def test_second_order_is_the_sum_over_pairs_of_fields():
     embeddings = np.random.default_rng(0).normal(size=(5, 7, 3)).astype(np.float32)
-    split = flow.tensor(embeddings).to_global(CPU, flow.sbp.split(0))
-    assert np.allclose(sum_over_fields(split).to_local().numpy(), embeddings.sum(axis=1), atol=1e-5)
-    result = second_order(split).to_local().numpy()
+    split = flow.tensor(embeddings.reshape(5, 21)).to_global(CPU, flow.sbp.split(0))
+    assert np.allclose(sum_over_fields(split, 3).to_local().numpy(), embeddings.sum(axis=1), atol=1e-5)
+    result = second_order(split, 3).to_local().numpy()
     assert result.shape == (5, 1)
     assert np.allclose(result[:, 0], second_order_by_loops(embeddings), atol=1e-4)
 
@@ -43,13 +43,13 @@ def correlation(a, b):
 def test_masks_are_independent_of_each_other_and_keyed():
     first = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, process=0)
     assert [mask.shape for mask in first] == [(400, 500)] * 3 and first[0].dtype == np.int8
-    keep = keep_probability(0.2)
-    assert keep == pytest.approx(0.8, abs=1 / 512)
+    dropped = 1 - keep_probability(0.2)
+    assert dropped == pytest.approx(0.2, abs=1 / 512)
     keys = [(2, 0, 0), (1, 1, 0), (1, 0, 1)]  # another seed, step, process
     others = [draw_masks([500], 400, 0.2, *key)[0] for key in keys]
     masks = [*first, *others]
     for i, mask in enumerate(masks):
-        assert mask.mean() == pytest.approx(keep, abs=0.005) and set(np.unique(mask)) == {0, 1}
+        assert mask.mean() == pytest.approx(-dropped, abs=0.005) and set(np.unique(mask)) == {-1, 0}
         for other in masks[:i]:
             assert correlation(mask, other) < 0.01
     again = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, process=0)

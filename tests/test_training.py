@@ -62,12 +62,13 @@ VARIANTS = {
     "batch_norm": ["--batch_norm"],
     "batch_norm, l2 and clipping": ["--batch_norm", "--embedding_l2", "0.05", "--max_grad_norm", "0.1"],
     "dropout": ["--net_dropout", "0.3"],
+    "batch_norm and dropout": ["--batch_norm", "--net_dropout", "0.3"],
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant):
-    dropout = ["--net_dropout", "0"] if variant != "dropout" else []
+    dropout = [] if "dropout" in variant else ["--net_dropout", "0"]
     trainer = make_trainer(shared_dataset_dir, tmp_path, *dropout, *VARIANTS[variant])
     args = trainer.args
     reference = Reference(values_of(trainer), args.learning_rate, args.embedding_l2, args.max_grad_norm)
@@ -77,7 +78,7 @@ def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant)
         masks = draw_masks(args.dnn, ROWS, args.net_dropout, args.seed, step, 0) if args.net_dropout else None
         batch.masks = masks or ()
         loss = float(trainer.train_step(batch).to_local().numpy())
-        expected = reference.train(ids, labels, masks and [mask[:len(ids)] for mask in masks], keep)
+        expected = reference.train(ids, labels, masks and [1 + mask[:len(ids)] for mask in masks], keep)
         assert loss == pytest.approx(expected, abs=1e-5)
     for name, value in values_of(trainer).items():
         assert np.abs(value - reference.values[name]).max() < 1e-5, name

@@ -2,12 +2,14 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import run_trainer
+from conftest import ROOT, run_trainer
 from reference import Reference, sigmoid
 
 import deepfm_train_eval as trainer_module
@@ -201,3 +203,23 @@ def test_other_processes_wait_until_the_first_listens(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", "1")
         wait_for_first_process()  # the first waits for nobody
         assert time.monotonic() - start < 10
+
+
+def test_polling_thread_gives_way():
+    """Only the thread that polls while operators run has a lower priority than the others."""
+    code = """
+import os, time
+import deepfm_train_eval as trainer
+trainer.calm_scheduler()
+before = trainer.thread_times()
+for _ in range(100):
+    trainer.flow.zeros(1)
+    time.sleep(0.002)
+worked = {thread: times - before.get(thread, 0) for thread, times in trainer.thread_times().items()}
+busiest = max(worked, key=worked.get)
+priorities = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in (*worked, os.getpid())}
+print(priorities.pop(busiest), *priorities.values())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    busiest, *others = result.stdout.splitlines()[-1].split()
+    assert busiest == "10" and set(others) == {"0"}

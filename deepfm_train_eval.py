@@ -827,6 +827,13 @@ def make_store_options(store_type, persistent_path, capacity, cache_memory_budge
 class OneEmbeddingTable(flow.one_embedding.MultiTableEmbedding):
     """OneEmbedding without snapshots as a side effect of state_dict(): checkpoints save and load them by name."""
 
+    def __init__(self, name, dim, placement, store_options):
+        initializer = flow.one_embedding.make_normal_initializer(0.0, INIT_STD)
+        super().__init__(name, embedding_dim=dim, dtype=flow.float, key_type=flow.int64,
+                         tables=[flow.one_embedding.make_table(initializer)], store_options=store_options)
+        # its one parameter, `shadow`, stands for the table in a graph; the lookup wants it global as the ids are
+        self.to_global(placement, flow.sbp.broadcast)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
@@ -856,9 +863,7 @@ class OneEmbedding(nn.Module):
         self.num_rows, self.dim = num_rows, dim
         self.on_cuda = placement.type == "cuda"
         if self.on_cuda:
-            self.weight = OneEmbeddingTable(
-                name, embedding_dim=dim, dtype=flow.float, key_type=flow.int64, store_options=store_options,
-                tables=[flow.one_embedding.make_table(flow.one_embedding.make_normal_initializer(0.0, INIT_STD))])
+            self.weight = OneEmbeddingTable(name, dim, placement, store_options)
         else:
             start, end = local_range(num_rows + 1)
             rows = initial_rows(start, end, dim, seed, table)
@@ -1080,7 +1085,7 @@ class TrainGraph(nn.Graph):
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
         dense = list(model.dnn.parameters())
         tables = list(model.embedding.parameters()) + list(model.embedding_fm.parameters())
-        on_cuda = model.dnn.placement.type == "cuda"
+        on_cuda = model.embedding.on_cuda
         clip = {"clip_grad_max_norm": max_grad_norm, "clip_grad_norm_type": 2.0} if max_grad_norm > 0 else {}
         self.l2 = 0.0 if on_cuda else embedding_l2
 

@@ -150,28 +150,3 @@ def test_store_options(store_type, tmp_path):
             assert cache["capacity"] == 1000
         else:
             assert cache["cache_memory_budget_mb"] == 256
-
-
-@pytest.mark.parametrize("store_type", trainer_module.STORE_TYPES)
-def test_arguments_of_multi_table_embedding(monkeypatch, store_type, tmp_path):
-    """No GPU is needed to see what would be built on one."""
-    seen = []
-
-    class Recorder(flow.nn.Module):
-        def __init__(self, name, **options):
-            super().__init__()
-            seen.append((name, options))
-
-    monkeypatch.setattr(trainer_module, "OneEmbeddingTable", Recorder)
-    args = parse_args([*REQUIRED, "--persistent_path", str(tmp_path / "t"), "--persistent_path_fm",
-                       str(tmp_path / "f"), "--store_type", store_type, "--embedding_vec_size", "12"])  # fmt: skip
-    placement = type("Placement", (), {"type": "cuda"})()
-    for name, dim, path in (("embedding", 12, args.persistent_path), ("embedding_fm", 1, args.persistent_path_fm)):
-        options = make_store_options(args.store_type, path, 501, args.cache_memory_budget_mb)
-        trainer_module.OneEmbedding(name, 500, dim, placement, store_options=options)
-    assert [name for name, _ in seen] == ["embedding", "embedding_fm"]
-    for (_, options), dim in zip(seen, (12, 1)):
-        assert (options["embedding_dim"], options["dtype"], options["key_type"]) == (dim, flow.float, flow.int64)
-        assert options["store_options"]["kv_store"]["persistent_table"]["path"].startswith(str(tmp_path))
-        [table] = options["tables"]
-        assert table["initializer"] == {"type": "normal", "mean": 0.0, "std": 1e-4}

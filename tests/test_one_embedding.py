@@ -1,0 +1,68 @@
+"""What OneFlow's compiler makes of OneEmbedding, without a GPU: the graph is built up to the choice of kernels."""
+
+import json
+
+import oneflow as flow
+import pytest
+from test_training import ROWS, Batch, make_trainer, random_batches
+
+from deepfm_train_eval import STORE_TYPES, OneEmbeddingTable, make_store_options, to_split
+
+
+class Handler:
+    """In place of OneFlow's, which owns memory of a GPU."""
+
+    def __init__(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("store_type", STORE_TYPES)
+def test_what_oneembedding_is_given(monkeypatch, tmp_path, store_type):
+    monkeypatch.setattr(flow.one_embedding, "OneEmbeddingHandler", Handler)
+    options = make_store_options(store_type, str(tmp_path), 501, 64)
+    table = OneEmbeddingTable("fm", 12, flow.placement("cpu", [0]), options)
+    store = json.loads(table.key_value_store_options)
+    assert (store["name"], store["storage_dim"], store["kv_store"]["persistent_table"]["path"]) == (
+        "fm", 36, str(tmp_path))
+    assert (table.key_type, table.dtype, table.embedding_dim) == (flow.int64, flow.float, 12)
+    [column] = json.loads(table.embedding_tables)["tables"][0]["columns"]
+    assert column["initializer"] == {"type": "normal", "mean": 0.0, "std": 1e-4}
+    assert [parameter.is_global for parameter in table.parameters()] == [True]
+
+
+@pytest.fixture
+def updates(shared_dataset_dir, tmp_path, monkeypatch):
+    """{table or "": [(L2 weight, names of the inputs) of its update operators]} of the training graph on CUDA"""
+    monkeypatch.setattr(flow.one_embedding, "OneEmbeddingHandler", Handler)
+
+    def build(*options):
+        trainer = make_trainer(shared_dataset_dir, tmp_path, *options)
+        for name in ("embedding", "embedding_fm"):
+            table = getattr(trainer.model, name)
+            store = make_store_options("cached_host_mem", str(tmp_path), table.num_rows + 1, 64)
+            table._parameters.clear()
+            table.weight = OneEmbeddingTable(name, table.dim, trainer.placement, store)
+            table.on_cuda = True
+        [(ids, labels)] = random_batches(trainer.dataset, 1)
+        batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+        trainer.make_train_graph()
+        trainer.train_graph.build_graph(*[to_split(array, trainer.placement)
+                                          for array in (batch.ids, batch.labels, batch.weights)])
+        found = {}
+        for op in trainer.train_graph._full_job_proto.net.op:
+            kind = op.user_conf.op_type_name
+            if kind.endswith("_update"):
+                assert "adam" in kind
+                table = op.name.split(".")[1] if "embedding" in kind else ""  # model.embedding.weight-...
+                update = pytest.approx(op.user_conf.attr["l2"].at_float), set(op.user_conf.input)
+                found.setdefault(table, []).append(update)
+        return found
+
+    return build
+
+
+def test_tables_are_updated_by_adam(updates):
+    found = updates("--net_dropout", "0")
+    for table in ("embedding", "embedding_fm"):
+        [(l2, inputs)] = found[table]
+        assert l2 == 0 and {"bias_correction1", "bias_correction2", "embedding_grad"} <= inputs

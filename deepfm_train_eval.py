@@ -286,8 +286,8 @@ def make_parser():
                           help="L2 weight of both tables: on CPU this/2 * sum of squares over all rows, part of the "
                                "loss (every row is then updated in every step); on CUDA decay of looked-up rows only")
     training.add_argument("--max_grad_norm", type=bounded(float, 0), default=0.0,
-                          help="clip the global gradient norm; 0: off. On CPU over all parameters together (every row "
-                               "is then updated in every step), on CUDA over the dense parameters only")
+                          help="clip the global gradient norm over all parameters together; 0: off. On CPU every row "
+                               "is then updated in every step")
     training.add_argument("--seed", type=bounded(int, 0, 2**31 - 1), default=2022,
                           help="seed of initial values, shuffling and dropout")
 
@@ -1070,6 +1070,24 @@ class BiasCorrection(flow.optim.lr_scheduler._LRScheduler):
         conf.scales.append(1.0)
 
 
+class TableDecayAdam(flow.optim.Adam):
+    """Adam in a graph that adds l2 * w to the gradients of `tables` only, after all gradients were clipped together.
+
+    In a parameter group of their own the tables could have weight_decay, but a group that is clipped must have
+    OneEmbedding's tables in it (ClipGradByGlobalNorm in replace_embedding_ops_pass.cpp).
+    """
+
+    def __init__(self, groups, tables, l2, **options):
+        super().__init__(groups, **options)
+        self.tables, self.l2 = tables, l2
+
+    def _generate_conf_for_graph(self, train_conf, vars_conf):
+        groups = super()._generate_conf_for_graph(train_conf, vars_conf)
+        for table in self.tables:
+            vars_conf[table].l2 = self.l2
+        return groups
+
+
 class TrainGraph(nn.Graph):
     """One training step: forward, backward, Adam. The learning rate is compiled in: see `with_learning_rate`.
 
@@ -1093,8 +1111,8 @@ class TrainGraph(nn.Graph):
             return flow.optim.Adam([{"params": parameters, **options}], lr=learning_rate, betas=ADAM_BETAS)
 
         if on_cuda:
-            self.add_optimizer(adam(tables, weight_decay=embedding_l2))
-            self.add_optimizer(adam(dense, **clip))
+            self.add_optimizer(TableDecayAdam([{"params": tables + dense, **clip}], tables, embedding_l2,
+                                              lr=learning_rate, betas=ADAM_BETAS))
         elif embedding_l2 > 0 or max_grad_norm > 0:
             self.add_optimizer(adam(tables + dense, **clip))
         else:
@@ -2167,8 +2185,8 @@ def describe(trainer):
         print_rank0(f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect")
         if args.embedding_l2 > 0 or args.max_grad_norm > 0:
             print_rank0("With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR")
-    elif args.embedding_l2 > 0 or args.max_grad_norm > 0:
-        print_rank0("On CUDA --embedding_l2 decays looked-up rows only, --max_grad_norm clips dense parameters only")
+    elif args.embedding_l2 > 0:
+        print_rank0("On CUDA --embedding_l2 decays looked-up rows only, and --max_grad_norm does not clip the decay")
     print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; tables on disk: {args.persistent_path}, "
                 f"{args.persistent_path_fm}; logs: {args.log_dir or 'none'}")
 

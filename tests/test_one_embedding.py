@@ -66,3 +66,11 @@ def test_tables_are_updated_by_adam(updates):
     for table in ("embedding", "embedding_fm"):
         [(l2, inputs)] = found[table]
         assert l2 == 0 and {"bias_correction1", "bias_correction2", "embedding_grad"} <= inputs
+
+
+def test_decay_of_tables_and_clipping_of_all_gradients(updates):
+    found = updates("--net_dropout", "0", "--batch_norm", "--embedding_l2", "0.05", "--max_grad_norm", "10")
+    for table in ("embedding", "embedding_fm"):
+        [(l2, inputs)] = found[table]
+        assert l2 == 0.05 and "scale_by_tensor" in inputs  # the factor of the clipping
+    assert all(l2 == 0 for l2, _ in found[""])

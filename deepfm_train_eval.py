@@ -939,10 +939,11 @@ class DNN(nn.Module):
             self.register_parameter(f"beta_{i}", nn.Parameter(replicated(np.zeros(units))))
             self.register_buffer(f"running_mean_{i}", replicated(np.zeros(units)))
             self.register_buffer(f"running_var_{i}", replicated(np.ones(units)))
-        # on CUDA the masks are drawn inside the graph, by one operator for all layers: see `draw_masks` for why
-        self.generator = flow.Generator(placement.type) if placement.type == "cuda" else None
-        if self.generator is not None:
-            self.generator.manual_seed(seed)
+        # on CUDA the masks are drawn inside the graph, by one operator for all layers: see `draw_masks` for why; its
+        # seed comes from a generator that must be one of the CPU (GlobalRandFunctor, random_functor.cpp, 0.9.0)
+        self.draws_masks = placement.type == "cuda"
+        self.generator = flow.Generator("cpu")
+        self.generator.manual_seed(seed)
 
     def forward(self, x, weights, masks=()):
         """x (B, F*D), weights (B, 1) as in `Batch`, masks int8 (B, H) per layer -> ((B, 1), batch statistics)
@@ -961,7 +962,7 @@ class DNN(nn.Module):
         # fed masks (CPU) are folded into ReLU: on top of products shrunk by a power of two, which is exact, -1 leaves a
         # unit below 0 whatever it was; two passes over memory less than a product with a mask, forward and backward
         shrink = 2.0**-40 if masks else 1.0
-        drawn = self.draw_masks_in_graph(x.shape[0]) if self.generator and self.training and self.dropout > 0 else ()
+        drawn = self.draw_masks_in_graph(x.shape[0]) if self.draws_masks and self.training and self.dropout > 0 else ()
         keep = keep_probability(self.dropout) if masks or drawn else 1.0
         statistics, scale = [], 1.0
         for i in range(num_hidden):

@@ -67,10 +67,7 @@ class MaskGraph(flow.nn.Graph):
 
 def test_masks_drawn_in_the_graph_are_independent():
     """What runs on CUDA, here on the CPU device."""
-    dnn = DNN(4, [300, 300], 0.3, CPU)
-    dnn.generator = flow.Generator("cpu")
-    dnn.generator.manual_seed(7)
-    graph = MaskGraph(dnn)
+    graph = MaskGraph(DNN(4, [300, 300], 0.3, CPU, seed=7))
     x = flow.ones(200, 4).to_global(CPU, flow.sbp.split(0))
     masks = [mask.to_local().numpy().copy() for _ in range(2) for mask in graph(x)]
     for i, mask in enumerate(masks):

@@ -42,7 +42,7 @@ def updates(shared_dataset_dir, tmp_path, monkeypatch):
             store = make_store_options("cached_host_mem", str(tmp_path), table.num_rows + 1, 64)
             table._parameters.clear()
             table.weight = OneEmbeddingTable(name, table.dim, trainer.placement, store)
-            table.on_cuda = True
+            table.on_cuda = trainer.model.dnn.draws_masks = True
         [(ids, labels)] = random_batches(trainer.dataset, 1)
         batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
         trainer.make_train_graph()
@@ -62,7 +62,7 @@ def updates(shared_dataset_dir, tmp_path, monkeypatch):
 
 
 def test_tables_are_updated_by_adam(updates):
-    found = updates("--net_dropout", "0")
+    found = updates("--net_dropout", "0.2")
     for table in ("embedding", "embedding_fm"):
         [(l2, inputs)] = found[table]
         assert l2 == 0 and {"bias_correction1", "bias_correction2", "embedding_grad"} <= inputs

@@ -827,10 +827,11 @@ def make_store_options(store_type, persistent_path, capacity, cache_memory_budge
 class OneEmbeddingTable(flow.one_embedding.MultiTableEmbedding):
     """OneEmbedding without snapshots as a side effect of state_dict(): checkpoints save and load them by name."""
 
-    def __init__(self, name, dim, placement, store_options):
+    def __init__(self, name, dim, placement, store_options, seed):
         initializer = flow.one_embedding.make_normal_initializer(0.0, INIT_STD)
         super().__init__(name, embedding_dim=dim, dtype=flow.float, key_type=flow.int64,
                          tables=[flow.one_embedding.make_table(initializer)], store_options=store_options)
+        self.seed = seed  # 0.9.0 draws a new row from (seed, id); 0.8.0 has no such argument
         # its one parameter, `shadow`, stands for the table in a graph; the lookup wants it global as the ids are
         self.to_global(placement, flow.sbp.broadcast)
 
@@ -863,7 +864,7 @@ class OneEmbedding(nn.Module):
         self.num_rows, self.dim = num_rows, dim
         self.on_cuda = placement.type == "cuda"
         if self.on_cuda:
-            self.weight = OneEmbeddingTable(name, dim, placement, store_options)
+            self.weight = OneEmbeddingTable(name, dim, placement, store_options, 2 * seed + table)
         else:
             start, end = local_range(num_rows + 1)
             rows = initial_rows(start, end, dim, seed, table)

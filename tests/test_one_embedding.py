@@ -20,11 +20,11 @@ class Handler:
 def test_what_oneembedding_is_given(monkeypatch, tmp_path, store_type):
     monkeypatch.setattr(flow.one_embedding, "OneEmbeddingHandler", Handler)
     options = make_store_options(store_type, str(tmp_path), 501, 64)
-    table = OneEmbeddingTable("fm", 12, flow.placement("cpu", [0]), options)
+    table = OneEmbeddingTable("fm", 12, flow.placement("cpu", [0]), options, seed=5)
     store = json.loads(table.key_value_store_options)
     assert (store["name"], store["storage_dim"], store["kv_store"]["persistent_table"]["path"]) == (
         "fm", 36, str(tmp_path))
-    assert (table.key_type, table.dtype, table.embedding_dim) == (flow.int64, flow.float, 12)
+    assert (table.key_type, table.dtype, table.embedding_dim, table.seed) == (flow.int64, flow.float, 12, 5)
     [column] = json.loads(table.embedding_tables)["tables"][0]["columns"]
     assert column["initializer"] == {"type": "normal", "mean": 0.0, "std": 1e-4}
     assert [parameter.is_global for parameter in table.parameters()] == [True]
@@ -37,11 +37,11 @@ def updates(shared_dataset_dir, tmp_path, monkeypatch):
 
     def build(*options):
         trainer = make_trainer(shared_dataset_dir, tmp_path, *options)
-        for name in ("embedding", "embedding_fm"):
+        for seed, name in enumerate(("embedding", "embedding_fm")):
             table = getattr(trainer.model, name)
             store = make_store_options("cached_host_mem", str(tmp_path), table.num_rows + 1, 64)
             table._parameters.clear()
-            table.weight = OneEmbeddingTable(name, table.dim, trainer.placement, store)
+            table.weight = OneEmbeddingTable(name, table.dim, trainer.placement, store, 10 + seed)
             table.on_cuda = trainer.model.dnn.draws_masks = True
         [(ids, labels)] = random_batches(trainer.dataset, 1)
         batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
@@ -51,6 +51,8 @@ def updates(shared_dataset_dir, tmp_path, monkeypatch):
         found = {}
         for op in trainer.train_graph._full_job_proto.net.op:
             kind = op.user_conf.op_type_name
+            if kind == "embedding_lookup" and not flow.__version__.startswith("0.8."):
+                assert op.user_conf.attr["seed"].at_int64 == (11 if "embedding_fm" in op.name else 10)
             if kind.endswith("_update"):
                 assert "adam" in kind
                 table = op.name.split(".")[1] if "embedding" in kind else ""  # model.embedding.weight-...

@@ -1300,7 +1300,8 @@ class TableStore:
         self.path, self.dim, self.num_rows = path, dim, num_rows
 
     def folder(self, process, processes):
-        return os.path.join(self.path, f"{process}-{processes}")
+        """Where OneEmbedding keeps a process's rows (key_value_store_options.h): 3-8, but 03-16."""
+        return os.path.join(self.path, f"{str(process).zfill(len(str(processes)))}-{processes}")
 
     def folders(self, processes):
         return [self.folder(process, processes) for process in range(processes)]

@@ -371,6 +371,12 @@ def test_interrupt_ends_in_one_line(shared_dataset_dir, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_folders_are_named_as_oneembedding_names_them():
+    store = trainer_module.TableStore("t", 8, 100)
+    assert store.folders(2) == ["t/0-2", "t/1-2"]
+    assert store.folders(10) == [f"t/0{process}-10" for process in range(10)]
+
+
 def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
     """Keys and index of 8 bytes, and blocks of 4 KiB with 42 rows of 96 bytes."""
     store = trainer_module.TableStore(str(tmp_path), 8, 42 * 100)

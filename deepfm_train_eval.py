@@ -1593,6 +1593,7 @@ def clean_save_dir(folder):
 
 
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
+STATE_OF_GRAPH = "this-graph"  # for the graph's name in that of a dynamic loss scale: each graph has another one
 
 
 class Trainer:
@@ -1629,14 +1630,16 @@ class Trainer:
         args = self.args
         self.train_graph = TrainGraph(self.model.train(), self.plateau.learning_rate, args.embedding_l2,
                                       args.max_grad_norm, args.amp, args.loss_scale_policy)
-        self.train_graph.load_state_dict(self.optimizer_state)
+        self.train_graph.load_state_dict({name.replace(STATE_OF_GRAPH, self.train_graph.name): value
+                                          for name, value in self.optimizer_state.items()})
         self.graph_learning_rate = self.plateau.learning_rate
 
     def current_optimizer_state(self):
         """{"model.<parameter>-m", "...-v", "System-Train-TrainStep", ...: tensor}; empty before the first step."""
         if self.train_graph is None:
             return self.optimizer_state
-        return {name: value for name, value in self.train_graph.state_dict().items() if not isinstance(value, dict)}
+        return {name.replace(self.train_graph.name, STATE_OF_GRAPH): value
+                for name, value in self.train_graph.state_dict().items() if not isinstance(value, dict)}
 
     def train_step(self, batch):
         """One step on a `Batch`; returns the loss as a tensor, without waiting for it."""

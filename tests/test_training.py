@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
+import oneflow as flow
 import pytest
 from conftest import ROOT, run_trainer
 from reference import Reference, sigmoid
@@ -223,3 +225,30 @@ print(priorities.pop(busiest), *priorities.values())
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     busiest, *others = result.stdout.splitlines()[-1].split()
     assert busiest == "10" and set(others) == {"0"}
+
+
+def test_learning_rate_cut_and_checkpoint_keep_the_dynamic_loss_scale(shared_dataset_dir, tmp_path, monkeypatch):
+    """OneFlow names it after the graph, which is another one after a cut and in another process."""
+    class Scaled(trainer_module.TrainGraph):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.set_grad_scaler(flow.amp.GradScaler(2.0**10, growth_factor=2.0, backoff_factor=0.5, growth_interval=3))
+
+    monkeypatch.setattr(trainer_module, "TrainGraph", Scaled)
+    options = ["--net_dropout", "0", "--max_grad_norm", "1"]
+    trainer = make_trainer(shared_dataset_dir, tmp_path, *options)
+    batches = [Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+               for ids, labels in random_batches(trainer.dataset, 7)]
+    for step, batch in enumerate(batches):
+        if step == 4:
+            trainer.plateau.learning_rate = 2e-4
+        trainer.train_step(batch)
+    [scale] = [value for name, value in trainer.current_optimizer_state().items() if name.endswith("-LossScale")]
+    assert scale.to_local().numpy() == 2.0**12  # doubled twice, once in each graph
+    for store in trainer.stores.values():
+        Path(store.path).mkdir()
+    trainer.save(["checkpoint"])
+    resumed = Trainer(trainer.args, trainer.dataset, trainer.stores, "test", f"{trainer.save_dir}/checkpoint")
+    resumed.train_step(batches[0])
+    [scale] = [value for name, value in resumed.current_optimizer_state().items() if name.endswith("-LossScale")]
+    assert scale.to_local().numpy() == 2.0**12

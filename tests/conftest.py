@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +57,21 @@ def dataset_dir(tmp_path):
 @pytest.fixture(scope="session")
 def shared_dataset_dir(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("shared") / "data")
+
+
+@pytest.fixture(scope="session")
+def distinct_dataset_dir(tmp_path_factory):
+    """No two rows to score are equal: their scores differ in the last bit between processes, and so would the AUC."""
+    folder = make_dataset(tmp_path_factory.mktemp("distinct") / "data", rows=(403, 300, 300))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for name in ("val", "test"):
+        path = folder / name / "part-00000.parquet"
+        rows = pd.read_parquet(path)
+        rows = rows.drop_duplicates([column for column in rows if column != "Label"])
+        rows.to_parquet(path, index=False)
+        info["num_samples"][name] = len(rows)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
 
 
 def trainer_command(data_dir, work_dir, *options, processes=1):

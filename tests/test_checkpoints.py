@@ -10,10 +10,9 @@ from collections import namedtuple
 
 import numpy as np
 import oneflow as flow
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE_SIZES, make_dataset, run_trainer, trainer_command
+from conftest import ROOT, TABLE_SIZES, run_trainer, trainer_command
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
@@ -61,18 +60,8 @@ def assert_same(first, second):
 
 
 @pytest.fixture(scope="module")
-def shared_dataset_dir(tmp_path_factory):
-    """No two rows to score are equal: their scores differ in the last bit between processes, and so would the AUC."""
-    folder = make_dataset(tmp_path_factory.mktemp("distinct") / "data", rows=(403, 300, 300))
-    info = json.loads((folder / "dataset_info.json").read_text())
-    for name in ("val", "test"):
-        path = folder / name / "part-00000.parquet"
-        rows = pd.read_parquet(path)
-        rows = rows.drop_duplicates([column for column in rows if column != "Label"])
-        rows.to_parquet(path, index=False)
-        info["num_samples"][name] = len(rows)
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return folder
+def shared_dataset_dir(distinct_dataset_dir):
+    return distinct_dataset_dir
 
 
 @pytest.fixture

@@ -65,6 +65,11 @@ def test_small_gains_do_not_count_and_the_rate_has_a_floor():
     assert states == [(1e-3, True, False), (1e-4, False, False), (5e-5, False, False), (5e-5, True, False)]
 
 
+def test_a_gain_is_larger_than_min_delta():
+    states = run_plateau([0.25, 0.75, 0.75 + 2**-20], patience=1, min_delta=0.5)
+    assert [improved for _, improved, _ in states] == [True, False, True]
+
+
 def test_without_early_stopping_it_goes_on():
     assert len(run_plateau([0.5] + [0.1] * 50, early_stop_patience=0)) == 51
 

@@ -134,6 +134,33 @@ def test_bias_correction_schedule():
     assert len(conf.scales) == len(conf.boundaries) + 1
 
 
+def test_masks_of_a_run_are_keyed_by_seed_step_and_process(shared_dataset_dir, tmp_path, monkeypatch):
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--net_dropout", "0.3", "--seed", "7")
+    trainer.step = 5  # as after a resume
+    monkeypatch.setattr(trainer_module, "world_size", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setattr(trainer_module, "rank", lambda process=process: process)
+        for step, batch in enumerate(trainer_module.batches_of_epoch(trainer), 5):
+            expected = draw_masks([8, 6], ROWS // 2, 0.3, 7, step, process)
+            assert all((mask == other).all() for mask, other in zip(batch.masks, expected)) and len(batch.masks) == 2
+
+
+def test_val_auc_minus_logloss_decides(shared_dataset_dir, tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--model_save_dir", str(tmp_path), "--patience", "1")
+    saved, scores = [], iter([(0.70, 0.50), (0.75, 0.60), (0.69, 0.40)])  # the second has more AUC, the third less
+    monkeypatch.setattr(trainer, "save", saved.append)
+    monkeypatch.setattr(trainer, "evaluate", lambda split, epoch, log: next(scores) if split == "val" else (0, 9))
+    rates = []
+    for step in (13, 26, 39):
+        trainer.step, trainer.step_in_epoch = step, 13
+        trainer_module.finish_epoch(trainer, None)
+        rates.append(trainer.plateau.learning_rate)
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-4])
+    assert saved == [["best_checkpoint", "step_13"], ["step_26"], ["best_checkpoint", "step_39"]]
+    assert trainer.best == {"epoch": 3, "step": 39, "auc": 0.69, "logloss": 0.40} and trainer.epoch == 4
+    assert "val AUC - LogLoss 0.150000, best 0.200000 (epoch 1), epochs without gain 1/4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_evaluation_equals_the_reference(shared_dataset_dir, tmp_path, batch_norm):
     trainer = make_trainer(shared_dataset_dir, tmp_path, *(["--batch_norm"] if batch_norm else []))

@@ -853,10 +853,11 @@ class OneEmbedding(nn.Module):
     by 5 % or 4096 rows (key_value_store_options.h), and the full cache does not check it, so it must not be too small;
     rows live at PATH/<rank>-<number of processes>, snapshots at .../snapshots/NAME, and a missing snapshot is only
     logged, so `TableStore` checks before loading; a key belongs to the rank given by OneFlow's ShardingHash, which the
-    persistent table writer also uses.
+    persistent table writer also uses; a table lives until the process ends, and no second one may have its name.
     cpu: OneEmbedding has no CPU kernels. The table is a parameter in host memory, split over the processes.
 
-    Row `num_rows` is the padding row: it is looked up by padding samples only, gets zero gradients and never moves.
+    Row `num_rows` is the padding row: it is looked up by padding samples only and gets zero gradients. It never moves,
+    but for the decay of looked-up rows on CUDA.
     """
 
     def __init__(self, name, num_rows, dim, placement, seed=0, table=0, store_options=None):

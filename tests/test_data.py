@@ -115,6 +115,17 @@ def test_rows_are_mixed_across_row_groups(tmp_path):
     assert len({number // 100 for number in batch}) > 30
 
 
+def test_row_groups_come_in_an_order_of_their_own_for_each_seed_and_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "SHUFFLE_ROWS", 8)  # a pool that keeps the order of the row groups
+    dataset = numbered(tmp_path, (1000, 7, 5), row_group_rows=50)
+    orders = []
+    for seed, epoch in ((1, 1), (1, 2), (2, 1)):
+        rows = [number for [part] in epoch_of(dataset, 1, seed=seed, epoch=epoch) for number in part]
+        orders.append(list(dict.fromkeys(number // 50 for number in rows)))
+    for i, order in enumerate(orders):
+        assert sorted(order) == list(range(20)) and order not in [list(range(20)), *orders[:i]]
+
+
 def test_a_small_pool_still_moves_rows_far(tmp_path):
     blocks = [(np.arange(start, start + 100), np.zeros(100)) for start in range(0, 2000, 100)]
     handed_out = np.concatenate([ids for ids, _ in shuffled(blocks, 400, np.random.default_rng(0))])

@@ -42,9 +42,9 @@ def make_trainer(data_dir, folder, *options):
     return trainer
 
 
-def values_of(trainer):
+def values_of(model):
     """{name: array} as `Reference` names them; a copy."""
-    state = {name: value.to_local().numpy().copy() for name, value in trainer.model.state_dict().items()}
+    state = {name: value.to_local().numpy().copy() for name, value in model.state_dict().items()}
     values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
     return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
 
@@ -75,7 +75,7 @@ def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant)
     dropout = [] if "dropout" in variant else ["--net_dropout", "0"]
     trainer = make_trainer(shared_dataset_dir, tmp_path, *dropout, *VARIANTS[variant])
     args = trainer.args
-    reference = Reference(values_of(trainer), args.learning_rate, args.embedding_l2, args.max_grad_norm)
+    reference = Reference(values_of(trainer.model), args.learning_rate, args.embedding_l2, args.max_grad_norm)
     keep = keep_probability(args.net_dropout)
     for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
         batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
@@ -84,32 +84,32 @@ def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant)
         loss = float(trainer.train_step(batch).to_local().numpy())
         expected = reference.train(ids, labels, masks and [1 + mask[:len(ids)] for mask in masks], keep)
         assert loss == pytest.approx(expected, abs=1e-5)
-    for name, value in values_of(trainer).items():
+    for name, value in values_of(trainer.model).items():
         assert np.abs(value - reference.values[name]).max() < 1e-5, name
-    assert not values_of(trainer)["embedding"][-1].any()  # the padding row never moves
+    assert not values_of(trainer.model)["embedding"][-1].any()  # the padding row never moves
 
 
 def test_learning_rate_cut_keeps_the_optimizer_state(shared_dataset_dir, tmp_path):
     trainer = make_trainer(shared_dataset_dir, tmp_path, "--net_dropout", "0")
-    reference = Reference(values_of(trainer), trainer.args.learning_rate)
+    reference = Reference(values_of(trainer.model), trainer.args.learning_rate)
     for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
         if step == 10:
             trainer.plateau.learning_rate = reference.learning_rate = 2e-4
         trainer.train_step(Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows))
         reference.train(ids, labels)
-    for name, value in values_of(trainer).items():
+    for name, value in values_of(trainer.model).items():
         assert np.abs(value - reference.values[name]).max() < 1e-5, name
 
 
 def test_lazy_update_leaves_other_rows_alone(shared_dataset_dir, tmp_path):
     trainer = make_trainer(shared_dataset_dir, tmp_path, "--net_dropout", "0")
-    before = values_of(trainer)
+    before = values_of(trainer.model)
     ids = np.tile([0, 7, 18], (ROWS, 1))  # the same three rows in every sample
     for _ in range(3):
         trainer.train_step(Batch([(ids, np.ones(ROWS, np.float32))], ROWS, ROWS, trainer.dataset.num_rows))
     state = trainer.current_optimizer_state()
     for name in ("embedding", "embedding_fm"):
-        moved = (values_of(trainer)[name] != before[name]).any(axis=1)
+        moved = (values_of(trainer.model)[name] != before[name]).any(axis=1)
         assert np.flatnonzero(moved).tolist() == [0, 7, 18]
         for moment in "mv":
             array = state[f"model.{name}.weight-{moment}"].to_local().numpy()
@@ -132,6 +132,17 @@ def test_bias_correction_schedule():
         assert conf.scales[position] == pytest.approx(np.sqrt(1 - 0.999**t) / (1 - 0.9**t))
     assert conf.scales[-1] == 1 and conf.scales[-2] == pytest.approx(1, abs=5e-5)
     assert len(conf.scales) == len(conf.boundaries) + 1
+
+
+def test_seed_of_the_initial_values(shared_dataset_dir, tmp_path):
+    runs = []
+    for seed in ("1", "1", "2"):
+        trainer = make_trainer(shared_dataset_dir, tmp_path, "--seed", seed)
+        runs.append(values_of(trainer_module.build_model(trainer.args, trainer.dataset, trainer.placement)))
+    for name, values in runs[0].items():
+        assert (values == runs[1][name]).all()
+        assert ("bias" in name) == (values == runs[2][name]).all(), name
+    assert len(runs[0]) == 8
 
 
 def test_masks_of_a_run_are_keyed_by_seed_step_and_process(shared_dataset_dir, tmp_path, monkeypatch):
@@ -170,7 +181,7 @@ def test_evaluation_equals_the_reference(shared_dataset_dir, tmp_path, batch_nor
     probs, labels = trainer.predict(trainer.dataset.splits["val"])
     rows = list(trainer_module.read_rows(trainer.dataset, trainer.dataset.splits["val"]))
     ids = np.concatenate([ids for ids, _ in rows])
-    logits, _ = Reference(values_of(trainer), 1.0).logits(ids)
+    logits, _ = Reference(values_of(trainer.model), 1.0).logits(ids)
     assert np.abs(probs - sigmoid(logits)).max() < 1e-6
     assert (labels == np.concatenate([labels for _, labels in rows])).all() and len(labels) == 101
 

@@ -1352,6 +1352,7 @@ class TableStore:
         for keys, rows in blocks:
             writer.write(keys, rows)
         writer.close()
+        all_processes_sum(0)  # every process has written its rows
         on_rank0(self._add_snapshot, name, scratch, processes)
 
     def _check_disk_space(self):

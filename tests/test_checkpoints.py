@@ -348,6 +348,29 @@ def test_other_number_of_processes(finished, finished_by_two, shared_dataset_dir
     assert 0 < change[:, :DIM].max() < 0.05  # two steps of Adam at 0.01, from the rows and moments that were saved
 
 
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import deepfm_train_eval as module
+original = module.Trainer.table_blocks
+def slow(*args):
+    time.sleep(module.rank())
+    yield from original(*args)
+module.Trainer.table_blocks = slow
+module.main(sys.argv[1:])
+"""
+
+
+def test_snapshot_waits_for_the_slowest_process(shared_dataset_dir, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=str(ROOT)))
+    command = trainer_command(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches",
+                              "2", processes=2)
+    command[command.index(str(ROOT / "deepfm_train_eval.py"))] = str(script)
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    everything(tmp_path, "step_2", processes=2)  # with every row
+
+
 def test_interrupt_ends_in_one_line(shared_dataset_dir, tmp_path):
     command = trainer_command(shared_dataset_dir, tmp_path, "--loss_print_interval", "1", "--early_stop_patience", "0",
                               "--model_save_dir", tmp_path / "save")

@@ -2065,14 +2065,15 @@ def train_epoch(trainer, clock, log):
             if trainer.step % args.loss_print_interval == 0 or trainer.step == args.train_batches:
                 log_step(trainer, check_finite(loss, trainer), clock, log)
             due = args.checkpoint_interval and trainer.step % args.checkpoint_interval == 0
-            if due and trainer.step_in_epoch < total:  # at the end of the epoch the evaluation saves
+            if due and trainer.step_in_epoch < total and trainer.step < args.train_batches:  # else finish_epoch saves
                 check_finite(loss, trainer)
                 clock.stop()
                 trainer.save([f"step_{trainer.step}"])
                 clock.start()
             if trainer.step == args.train_batches:
                 break
-        check_finite(previous, trainer)
+        if previous is not None:  # another number of processes may have fewer steps in an epoch: none is left then
+            check_finite(previous, trainer)
         clock.stop()
     bar.close()
 
@@ -2109,7 +2110,7 @@ def finish_epoch(trainer, log):
                 f"{trainer.best['epoch']}), epochs without gain {plateau.epochs_to_stop}"
                 f"/{args.early_stop_patience or 'never'}, since cut {plateau.epochs_to_cut}/{args.patience}, {decision}"
                 + (", stop" if plateau.stopped else ""))
-    if trainer.step_in_epoch == steps_per_epoch(args, trainer.dataset):  # else --train_batches ended it early
+    if trainer.step_in_epoch >= steps_per_epoch(args, trainer.dataset):  # else --train_batches ended it early
         trainer.epoch, trainer.step_in_epoch = epoch + 1, 0
     names = ["best_checkpoint"] if improved else []
     if args.model_save_dir:
@@ -2128,6 +2129,9 @@ def train(trainer, log):
     while not trainer.plateau.stopped and trainer.step < args.train_batches:
         train_epoch(trainer, clock, log)
         finish_epoch(trainer, log)
+    if trainer.best is None:
+        raise UserError(f"nothing is left to train after step {trainer.step} and no epoch was evaluated yet; use more "
+                        f"--train_batches than {args.train_batches}")
     best = os.path.join(trainer.save_dir, "best_checkpoint")
     trainer.load(best)
     print_rank0(f"Best epoch {trainer.best['epoch']}, step {trainer.best['step']}:")

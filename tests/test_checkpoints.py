@@ -252,6 +252,36 @@ def fails(monkeypatch, capfd):
     return run
 
 
+def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shared_dataset_dir, tmp_path):
+    """A kill between the two would leave a checkpoint with nothing to train and the last epoch not evaluated."""
+    saved, save = [], trainer_module.Trainer.save
+    monkeypatch.setattr(trainer_module.Trainer, "save", lambda self, names: (saved.append(names), save(self, names)))
+    run_here(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--checkpoint_interval", "2",
+             "--train_batches", "4")
+    assert saved == [["step_2"], ["best_checkpoint", "step_4"]]
+
+
+def interrupted_at(monkeypatch, fails, function, *arguments):
+    """Run until the first call of a function of the trainer, which fails."""
+    with monkeypatch.context() as patch:
+        def stop(*_):
+            raise trainer_module.UserError("stopped here")
+
+        patch.setattr(trainer_module, function, stop)
+        assert "stopped here" in fails(*arguments)
+
+
+def test_resume_with_nothing_left_to_train(monkeypatch, fails, run_here, shared_dataset_dir, tmp_path):
+    options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches"]
+    interrupted_at(monkeypatch, fails, "finish_epoch", *options, "6", "--checkpoint_interval", "3")
+    assert "more --train_batches than 2" in fails(*options, "2", "--resume")
+    state_file = tmp_path / "save" / "step_3" / "state.json"
+    state = json.loads(state_file.read_text())
+    state["progress"]["step_in_epoch"] = 8  # as of a number of processes that has more steps per epoch
+    state_file.write_text(json.dumps(state))
+    assert "Epoch 1, Step 3, val" in run_here(*options, "4", "--resume")
+
+
 def remove(path):
     path.unlink()
 

@@ -1942,8 +1942,11 @@ def prepare_new_run(args, stores):
         store.remove_scratch()
     os.makedirs(save_dir, exist_ok=True)
     clean_save_dir(save_dir)
-    with open(os.path.join(save_dir, "run.json"), "w") as file:
-        json.dump({"run_id": uuid.uuid4().hex[:8]}, file)
+    path = os.path.join(save_dir, "run.json")
+    start = args.model_load_dir and os.path.abspath(args.model_load_dir)
+    with open(path + ".tmp", "w") as file:
+        json.dump({"run_id": uuid.uuid4().hex[:8], "model_load_dir": start}, file)
+    os.replace(path + ".tmp", path)
 
 
 def prepare_resume(args, stores):
@@ -1955,7 +1958,7 @@ def prepare_resume(args, stores):
     if not os.path.exists(path):
         raise UserError(f"--resume: {args.model_save_dir} is not the folder of a run; start without --resume")
     clean_save_dir(args.model_save_dir)
-    run_id = read_run_id(args.model_save_dir)
+    run_id = read_run(args.model_save_dir)["run_id"]
     for store in stores.values():
         store.remove_scratch()
         foreign = [name for name in store.snapshots() if not name.startswith(run_id + "-")]
@@ -1964,9 +1967,10 @@ def prepare_resume(args, stores):
         os.makedirs(store.path, exist_ok=True)
 
 
-def read_run_id(save_dir):
+def read_run(save_dir):
+    """{"run_id": prefix of the run's snapshots, "model_load_dir": checkpoint that it started from, or None}"""
     with open(os.path.join(save_dir, "run.json")) as file:
-        return json.load(file)["run_id"]
+        return json.load(file)
 
 
 def start_run(args, dataset):
@@ -1976,18 +1980,18 @@ def start_run(args, dataset):
         trainer = Trainer(args, dataset, stores, checkpoint=args.model_load_dir)
         return trainer, None
     on_rank0(prepare_resume if args.resume else prepare_new_run, args, stores)
-    run_id = read_run_id(save_dir_of(args))
+    started = read_run(save_dir_of(args))
     checkpoints = find_checkpoints(args.model_save_dir) if args.resume else {}
     if not checkpoints:
         if args.resume:
             print_rank0(f"No complete checkpoint in {args.model_save_dir} yet: starting from the beginning")
-        trainer = Trainer(args, dataset, stores, run_id, args.model_load_dir)
+        trainer = Trainer(args, dataset, stores, started["run_id"], started["model_load_dir"])
         trainer.step = 0
         return trainer, 0 if args.resume else None
     name, state = list(checkpoints.items())[-1]
     check_same_run(args, state, name)
     folder = os.path.join(args.model_save_dir, name)
-    trainer = Trainer(args, dataset, stores, run_id, folder)
+    trainer = Trainer(args, dataset, stores, started["run_id"], folder)
     trainer.load_progress(folder)
     trainer.prune()
     print_rank0(f"Resuming from {folder}: epoch {trainer.epoch}, step {trainer.step}")

@@ -282,6 +282,17 @@ def test_resume_with_nothing_left_to_train(monkeypatch, fails, run_here, shared_
     assert "Epoch 1, Step 3, val" in run_here(*options, "4", "--resume")
 
 
+def test_resume_before_the_first_checkpoint_starts_from_the_loaded_model(monkeypatch, fails, run_here, finished,
+                                                                         shared_dataset_dir, tmp_path):
+    load = ["--model_load_dir", finished[0] / "save" / "best_checkpoint"]
+    options = ["--train_batches", "4", "--model_save_dir"]
+    run_here(shared_dataset_dir, tmp_path / "whole", *options, tmp_path / "whole" / "save", *load)
+    killed = [shared_dataset_dir, tmp_path / "killed", *options, tmp_path / "killed" / "save"]
+    interrupted_at(monkeypatch, fails, "finish_epoch", *killed, *load)
+    assert "starting from the beginning" in run_here(*killed, "--resume")
+    assert_same(everything(tmp_path / "killed", "step_4"), everything(tmp_path / "whole", "step_4"))
+
+
 def remove(path):
     path.unlink()
 

@@ -1308,10 +1308,10 @@ class TableStore:
         return [self.folder(process, processes) for process in range(processes)]
 
     def existing_folders(self):
-        if not os.path.isdir(self.path):
-            return []
-        names = sorted(name for name in os.listdir(self.path) if re.fullmatch(r"\d+-\d+", name))
-        return [os.path.join(self.path, name) for name in names]
+        """Folders of this table, of any number of processes; others, "2024-01" say, are not ours to touch."""
+        folders = [os.path.join(self.path, name) for name in sorted(_listdir(self.path))
+                   if re.fullmatch(r"\d+-\d+", name)]
+        return [folder for folder in folders if os.path.exists(os.path.join(folder, "LOCK"))]
 
     def snapshots(self):
         return {name for folder in self.existing_folders() for name in _listdir(os.path.join(folder, "snapshots"))
@@ -1395,8 +1395,7 @@ class TableStore:
             os.makedirs(os.path.join(staging, name))
         for name in ("KEY_SIZE", "VALUE_SIZE", "PHYSICAL_BLOCK_SIZE", "NUM_LOGICAL_BLOCKS_PER_CHUNK", "LOCK"):
             shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
-        shutil.rmtree(target, ignore_errors=True)  # what a killed start left: without LOCK it is no table
-        os.rename(staging, target)
+        os.rename(staging, target)  # fails if there is a folder with other files
 
     @staticmethod
     def _move_chunks(source, target, name, staging):
@@ -1582,6 +1581,13 @@ def publish(staging, names, folder):
         os.rename(copy, final)
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(staging)
+
+
+def remove_checkpoint(folder, name):
+    """Delete a checkpoint; a kill leaves it whole or under a name that `clean_save_dir` deletes."""
+    doomed = os.path.join(folder, f".staging-{name}")
+    os.rename(os.path.join(folder, name), doomed)
+    shutil.rmtree(doomed)
 
 
 def clean_save_dir(folder):
@@ -1790,7 +1796,7 @@ class Trainer:
         all_processes_sum(0)  # every process has read the folder
         if rank() == 0:
             for name in old:
-                shutil.rmtree(os.path.join(self.save_dir, name))
+                remove_checkpoint(self.save_dir, name)
         needed = {table["snapshot"] for name, state in checkpoints.items() if name not in old
                   for table in state["tables"].values()}
         for store in self.stores.values():
@@ -1920,16 +1926,18 @@ def prepare_new_run(args, stores):
     """
     save_dir = save_dir_of(args)
     if args.model_load_dir and args.overwrite_tables:
-        source = read_checkpoint(args.model_load_dir)
-        if any(os.path.realpath(source["tables"][name]["path"]) == os.path.realpath(store.path)
-               for name, store in stores.items()):
+        needed = {table["snapshot"] for table in read_checkpoint(args.model_load_dir)["tables"].values()}
+        if any(needed & store.snapshots() for store in stores.values()):
             raise UserError(f"--overwrite_tables would delete the tables of --model_load_dir {args.model_load_dir}; "
                             "give another --persistent_path and --persistent_path_fm")
+        if os.path.realpath(save_dir) == os.path.dirname(os.path.realpath(args.model_load_dir)):
+            raise UserError(f"--overwrite_tables would delete --model_load_dir {args.model_load_dir}; "
+                            "give another --model_save_dir")
     if args.overwrite_tables:
         for store in stores.values():
             store.remove_all()
         for name in find_checkpoints(save_dir):
-            shutil.rmtree(os.path.join(save_dir, name))
+            remove_checkpoint(save_dir, name)
     elif find_checkpoints(save_dir):
         raise UserError(f"--model_save_dir {save_dir} holds checkpoints of another run; continue it with --resume, "
                         "give another folder, or delete it with --overwrite_tables")

@@ -353,6 +353,41 @@ def test_rows_of_another_run_are_not_touched(run_here, fails, finished, shared_d
     assert not (work / "save" / "initial_checkpoint").exists()
 
 
+def test_overwriting_deletes_neither_the_model_to_load_nor_other_files(run_here, fails, finished, shared_dataset_dir,
+                                                                       tmp_path):
+    work = copy_of(finished[0], tmp_path / "work")
+    (work / "save").rename(work / "old")
+    for kept in ("tables/2024-01/notes", "tables_fm/3-4/notes", "save/2024/notes"):
+        (work / kept).parent.mkdir(parents=True)
+        (work / kept).write_text("mine")
+    options = ["--train_batches", "1", "--overwrite_tables"]
+    load = ["--model_load_dir", work / "old" / "best_checkpoint"]
+    swapped = ["--persistent_path", work / "tables_fm", "--persistent_path_fm", work / "tables"]
+    files = sorted(work.rglob("*"))
+    for places in ([], swapped):  # the tables were copied: the checkpoint names another path
+        assert "delete the tables" in fails(shared_dataset_dir, work, *options, *load, *places)
+    assert "would delete --model_load_dir" in fails(shared_dataset_dir, tmp_path / "new", *options, *load,
+                                                    "--model_save_dir", work / "old")
+    assert sorted(work.rglob("*")) == files
+    run_here(shared_dataset_dir, work, *options, "--model_save_dir", work / "save")
+    assert sorted(work.rglob("notes")) == [path for path in files if path.name == "notes"]
+
+
+def test_half_removed_checkpoint_does_not_stay(monkeypatch, tmp_path):
+    (tmp_path / "step_3").mkdir()
+    (tmp_path / "step_3" / "state.json").write_text("")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        trainer_module.remove_checkpoint(str(tmp_path), "step_3")
+    assert len(list(tmp_path.iterdir())) == 1 and not trainer_module.find_checkpoints(str(tmp_path))
+    trainer_module.clean_save_dir(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_best_epoch_without_a_save_dir(shared_dataset_dir, tmp_path):
     output, _ = run_trainer(shared_dataset_dir, tmp_path, "--train_batches", "28", "--learning_rate", "0.3",
                             "--net_dropout", "0", "--early_stop_patience", "2")

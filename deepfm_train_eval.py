@@ -1352,6 +1352,7 @@ class TableStore:
         for keys, rows in blocks:
             writer.write(keys, rows)
         writer.close()
+        _sync(mine)
         all_processes_sum(0)  # every process has written its rows
         on_rank0(self._add_snapshot, name, scratch, processes)
 
@@ -1381,10 +1382,10 @@ class TableStore:
                 for source in sources:
                     for index_file in self._move_chunks(source, target, name, staging):
                         listing.write(index_file + "\n")
-            final = os.path.join(target, "snapshots", name)
-            shutil.rmtree(final, ignore_errors=True)
+            for folder in ("keys", "values"):
+                _sync_entry(os.path.join(target, folder))
             _sync(staging)
-            os.rename(staging, final)
+            _rename_for_good(staging, os.path.join(target, "snapshots", name))
         for folder in scratch:
             shutil.rmtree(folder)
 
@@ -1395,7 +1396,8 @@ class TableStore:
             os.makedirs(os.path.join(staging, name))
         for name in ("KEY_SIZE", "VALUE_SIZE", "PHYSICAL_BLOCK_SIZE", "NUM_LOGICAL_BLOCKS_PER_CHUNK", "LOCK"):
             shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
-        os.rename(staging, target)  # fails if there is a folder with other files
+        _sync(staging)
+        _rename_for_good(staging, target)  # fails if there is a folder with other files
 
     @staticmethod
     def _move_chunks(source, target, name, staging):
@@ -1527,12 +1529,23 @@ def _rows_per_chunk(folder):
 
 
 def _sync(folder):
-    """Flush a folder's files to disk, so that a renamed checkpoint survives a power cut."""
+    """Flush a folder with all that is in it to disk."""
     for root, _, files in os.walk(folder):
-        for name in files:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        for name in [*files, ""]:
+            _sync_entry(os.path.join(root, name))
+
+
+def _sync_entry(path):
+    """Flush a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _rename_for_good(staging, final):
+    """Give a folder that `_sync` flushed its name; from here on it survives a power cut."""
+    os.rename(staging, final)
+    _sync_entry(os.path.dirname(final))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1578,7 +1591,7 @@ def publish(staging, names, folder):
         if os.path.exists(final):
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
-        os.rename(copy, final)
+        _rename_for_good(copy, final)
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(staging)
 
@@ -1726,7 +1739,8 @@ class Trainer:
             table = getattr(self.model, name)
             if self.args.device == "cuda":
                 table.weight.save_snapshot(snapshot)
-            else:
+                _sync(store.folder(rank(), world_size()))
+            elif snapshot not in store.snapshots():  # else saved at this step already: replacing it could leave it half
                 store.write_snapshot(snapshot, self.table_blocks(name, state))
         all_processes_sum(0)  # every process has saved
         dense = {name: self.to_numpy(value) for name, value in self.dense_state(state).items()}
@@ -1995,6 +2009,8 @@ def start_run(args, dataset):
             print_rank0(f"No complete checkpoint in {args.model_save_dir} yet: starting from the beginning")
         trainer = Trainer(args, dataset, stores, started["run_id"], started["model_load_dir"])
         trainer.step = 0
+        if args.resume:
+            trainer.prune()
         return trainer, 0 if args.resume else None
     name, state = list(checkpoints.items())[-1]
     check_same_run(args, state, name)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import oneflow as flow
@@ -153,7 +154,7 @@ module.main(sys.argv[1:])
 KILLS = [  # (where, what, which call, when), last complete checkpoint
     (("module.Trainer", "train_step", 2, "after"), None),
     (("module.Trainer", "write_checkpoint", 1, "before"), None),  # step 3: rows are saved, the checkpoint is not
-    (("module.TableStore", "prune", 5, "before"), "step_7"),  # step 7: an old checkpoint is gone, its rows are not
+    (("module.TableStore", "prune", 7, "before"), "step_7"),  # step 7: an old checkpoint is gone, its rows are not
     (("module.os", "rename", 1, "after"), "step_7"),  # step 9: a key chunk is in place, its values are not
     (("module", "publish", 1, "after"), "step_9"),  # step 9: saved, not yet pruned
     (("module.Trainer", "train_step", 6, "after"), "step_14"),  # step 15: in the epoch behind the learning-rate cut
@@ -232,6 +233,36 @@ def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
+def test_all_is_flushed_before_it_gets_its_name(monkeypatch, tmp_path):
+    """Files and folders of a snapshot or checkpoint before the rename that makes it count, the new name afterwards."""
+    fsync, rename, flushed, names, late = os.fsync, os.rename, set(), set(), []
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+        names.discard(os.fstat(descriptor).st_ino)
+
+    def watched_rename(source, target):
+        folder = os.path.dirname(target)
+        if os.path.isdir(source) and os.path.basename(source) != "best":
+            names.add(os.stat(folder).st_ino)
+            parts = [source] + [f"{folder}/../{kind}" for kind in ("keys", "values")] * folder.endswith("snapshots")
+            late.extend(path for part in map(Path, parts) for path in [part, *part.rglob("*")]
+                        if path.stat().st_ino not in flushed)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    store = trainer_module.TableStore(str(tmp_path / "tables"), 2, 9)
+    for name in ("first", "second"):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        store.write_snapshot(name, [(np.arange(9), np.ones((9, 6), np.float32))])
+        (tmp_path / ".staging" / "dense").mkdir(parents=True)
+        (tmp_path / ".staging" / "dense" / "out").write_text(name)
+        trainer_module.publish(str(tmp_path / ".staging"), ["best"], str(tmp_path))
+    assert len(flushed) > 10 and not late and not names
+
+
 @pytest.fixture
 def fails(monkeypatch, capfd):
     """Run the trainer in this process; it must stop with status 1 and one error line, which is returned."""
@@ -291,6 +322,18 @@ def test_resume_before_the_first_checkpoint_starts_from_the_loaded_model(monkeyp
     interrupted_at(monkeypatch, fails, "finish_epoch", *killed, *load)
     assert "starting from the beginning" in run_here(*killed, "--resume")
     assert_same(everything(tmp_path / "killed", "step_4"), everything(tmp_path / "whole", "step_4"))
+
+
+def test_checkpoint_in_use_is_not_written_again(monkeypatch, fails, run_here, shared_dataset_dir, tmp_path):
+    """A resume at step 0 saves the initial model once more; its rows stay in place meanwhile."""
+    options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--save_initial_model",
+               "--train_batches", "1"]
+    interrupted_at(monkeypatch, fails, "finish_epoch", *options)
+    start = everything(tmp_path, "initial_checkpoint")
+    chunks = {path: path.stat().st_ino for path in tmp_path.glob("tables*/0-1/*s/*")}
+    interrupted_at(monkeypatch, fails, "finish_epoch", *options, "--resume")
+    assert chunks == {path: path.stat().st_ino for path in tmp_path.glob("tables*/0-1/*s/*")}
+    assert_same(everything(tmp_path, "initial_checkpoint"), start)
 
 
 def remove(path):

@@ -1613,6 +1613,7 @@ def clean_save_dir(folder):
             shutil.rmtree(path)
 
 
+SAME_IN_A_RUN = ("seed", "batch_size", "net_dropout", "learning_rate", "embedding_l2", "max_grad_norm")
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
 STATE_OF_GRAPH = "this-graph"  # for the graph's name in that of a dynamic loss scale: each graph has another one
 
@@ -1784,8 +1785,9 @@ class Trainer:
             "format_version": CHECKPOINT_FORMAT,
             "model": {"fields": self.dataset.fields, "table_sizes": self.dataset.table_sizes,
                       "embedding_vec_size": args.embedding_vec_size, "dnn": args.dnn, "batch_norm": args.batch_norm},
-            "run": {"run_id": self.run_id, "seed": args.seed, "batch_size": args.batch_size,
-                    "net_dropout": args.net_dropout, "processes": world_size()},
+            "run": {"run_id": self.run_id, "processes": world_size(),
+                    "train_rows": self.dataset.splits["train"].num_rows,
+                    **{option: getattr(args, option) for option in SAME_IN_A_RUN}},
             "progress": {"step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
                          "best": self.best},
             "plateau": self.plateau.state(),
@@ -2007,13 +2009,13 @@ def start_run(args, dataset):
     if not checkpoints:
         if args.resume:
             print_rank0(f"No complete checkpoint in {args.model_save_dir} yet: starting from the beginning")
-        trainer = Trainer(args, dataset, stores, started["run_id"], started["model_load_dir"])
+        trainer = Trainer(args, dataset, stores, started["run_id"], started.get("model_load_dir"))
         trainer.step = 0
         if args.resume:
             trainer.prune()
         return trainer, 0 if args.resume else None
     name, state = list(checkpoints.items())[-1]
-    check_same_run(args, state, name)
+    check_same_run(args, dataset, state, name)
     folder = os.path.join(args.model_save_dir, name)
     trainer = Trainer(args, dataset, stores, started["run_id"], folder)
     trainer.load_progress(folder)
@@ -2022,11 +2024,17 @@ def start_run(args, dataset):
     return trainer, trainer.step
 
 
-def check_same_run(args, state, name):
-    for option in ("seed", "batch_size", "net_dropout"):
-        if state["run"][option] != getattr(args, option):
-            raise UserError(f"--resume: {name} was trained with --{option} {state['run'][option]}, now it is "
-                            f"{getattr(args, option)}; use the same value")
+def check_same_run(args, dataset, state, name):
+    """The learning rate, cut or not, and the position in the epoch come from the checkpoint."""
+    run = state["run"]
+    for option in set(SAME_IN_A_RUN) & set(run):  # checkpoints of earlier versions have fewer
+        if run[option] != getattr(args, option):
+            raise UserError(f"--resume: {name} was trained with --{option} {run[option]}, now it is "
+                            f"{getattr(args, option)}; use the same value, or begin a run with --model_load_dir")
+    rows = dataset.splits["train"].num_rows
+    if run.get("train_rows", rows) != rows:
+        raise UserError(f"--resume: {name} was trained on {run['train_rows']} rows, now --data_dir {args.data_dir} has "
+                        f"{rows}; use the same data")
 
 
 def batches_of_epoch(trainer):

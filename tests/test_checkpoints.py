@@ -390,7 +390,12 @@ def test_rows_of_another_run_are_not_touched(run_here, fails, finished, shared_d
     assert "--overwrite_tables" in fails(shared_dataset_dir, work, "--train_batches", "1")
     assert "--resume" in fails(shared_dataset_dir, work, "--train_batches", "1", "--model_save_dir", work / "save")
     assert "not the folder of a run" in fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "other")
-    assert "--seed" in fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--seed", "1")
+    resume = ["--resume", "--model_save_dir", work / "save"]
+    for option, value in (("seed", 1), ("batch_size", 32), ("net_dropout", 0.5), ("learning_rate", 0.02),
+                          ("embedding_l2", 0.1), ("max_grad_norm", 10)):
+        assert f"was trained with --{option}" in fails(shared_dataset_dir, work, *resume, f"--{option}", value)
+    fewer = make_dataset(tmp_path / "fewer", rows=(303, 300, 300))
+    assert "was trained on 403 rows" in fails(fewer, work, *resume)
     assert_same(before, everything(work, "best_checkpoint"))
     run_here(shared_dataset_dir, work, "--train_batches", "1", "--overwrite_tables", "--model_save_dir", work / "save")
     assert not (work / "save" / "initial_checkpoint").exists()

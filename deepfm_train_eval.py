@@ -1745,7 +1745,12 @@ class Trainer:
                 store.write_snapshot(snapshot, self.table_blocks(name, state))
         all_processes_sum(0)  # every process has saved
         dense = {name: self.to_numpy(value) for name, value in self.dense_state(state).items()}
-        on_rank0(self.write_checkpoint, names, snapshot, dense)
+        try:
+            on_rank0(self.write_checkpoint, names, snapshot, dense)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error.args[0][0][2]  # copytree lists all its files
+            raise UserError(f"cannot write a checkpoint to {self.save_dir} ({reason}); the earlier ones are whole: "
+                            "mend that and continue with --resume") from None
         self.prune()
 
     def dense_state(self, state):

@@ -1,6 +1,7 @@
 """Checkpoints: format, resume after a kill, half ones, disk space, other numbers of processes, use of the model."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -528,3 +529,18 @@ def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
     assert store.count_rows("name", 1) == 4200
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert written < 1.02 * needed
+
+
+@pytest.mark.parametrize("function", ["save", "copytree"])
+def test_full_disk_at_the_dense_part_is_one_clear_line(monkeypatch, fails, finished, shared_dataset_dir, tmp_path,
+                                                       function):
+    """shutil.copytree raises one error with a list of all its files."""
+    work = copy_of(finished[0], tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def failing(*_):
+        raise full if function == "save" else shutil.Error([("from", "to", str(full))] * 9)
+
+    monkeypatch.setattr(flow if function == "save" else shutil, function, failing)
+    error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--train_batches", "15")
+    assert "No space left on device); the earlier ones are whole" in error and len(error) < 300

@@ -1213,7 +1213,8 @@ class Plateau:
 class MetricsLog:
     """metrics.jsonl (one JSON object per line) and TensorBoard events in `folder`, written by the first process.
 
-    A resumed run appends; lines behind the step it resumes from are dropped first, so that no step appears twice.
+    A resumed run appends; first it drops lines behind the step it resumes from and the test line of an earlier end, so
+    that nothing appears twice.
     """
 
     def __init__(self, folder, resumed_step=None):
@@ -1230,7 +1231,8 @@ class MetricsLog:
                 os.remove(old)
         elif os.path.exists(path):
             with open(path) as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
+                lines = [(line, json.loads(line)) for line in file if line.endswith("\n")]
+            kept = [line for line, entry in lines if entry["step"] <= resumed_step and entry["event"] != "test"]
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)

@@ -33,7 +33,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 
 
@@ -1998,6 +1998,23 @@ def prepare_resume(args, stores):
         os.makedirs(store.path, exist_ok=True)
 
 
+def hold_tables(args, held):
+    """Lock the table folders until `held` (an ExitStack) closes: a run restarted too early would damage the first.
+
+    Raises: UserError when another run holds one.
+    """
+    for path in (args.persistent_path, args.persistent_path_fm):
+        os.makedirs(path, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is training with the tables in {path}; wait for its end or stop it") from None
+        except OSError:
+            pass  # a network file system without locks
+
+
 def read_run(save_dir):
     """{"run_id": prefix of the run's snapshots, "model_load_dir": checkpoint that it started from, or None}"""
     with open(os.path.join(save_dir, "run.json")) as file:
@@ -2250,19 +2267,19 @@ def run(args):
     if args.device == "cpu":
         calm_scheduler()
     dataset = read_dataset(args)
-    trainer, resumed_step = start_run(args, dataset)
-    describe(trainer)
-    if args.predict:
-        predict(trainer)
-    elif args.eval_only:
-        for split in ("val", "test"):
-            trainer.evaluate(split, read_checkpoint(args.model_load_dir)["progress"]["epoch"] - 1)
-    else:
-        log = MetricsLog(args.log_dir, resumed_step)
-        try:
+    with ExitStack() as held:
+        if not (args.eval_only or args.predict):
+            on_rank0(hold_tables, args, held)
+        trainer, resumed_step = start_run(args, dataset)
+        describe(trainer)
+        if args.predict:
+            predict(trainer)
+        elif args.eval_only:
+            for split in ("val", "test"):
+                trainer.evaluate(split, read_checkpoint(args.model_load_dir)["progress"]["epoch"] - 1)
+        else:
+            log = held.enter_context(closing(MetricsLog(args.log_dir, resumed_step)))
             train(trainer, log)
-        finally:
-            log.close()
 
 
 def main(argv=None):

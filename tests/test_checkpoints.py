@@ -544,3 +544,13 @@ def test_full_disk_at_the_dense_part_is_one_clear_line(monkeypatch, fails, finis
     monkeypatch.setattr(flow if function == "save" else shutil, function, failing)
     error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--train_batches", "15")
     assert "No space left on device); the earlier ones are whole" in error and len(error) < 300
+
+
+def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_dataset_dir, tmp_path):
+    options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches", "2"]
+    with contextlib.ExitStack() as held:
+        trainer_module.hold_tables(trainer_module.parse_args(trainer_command(*options)[2:]), held)
+        for more in ([], ["--resume"], ["--overwrite_tables"]):
+            assert "another run is training with the tables" in fails(*options, *more)
+        assert not (tmp_path / "save").exists()
+    run_here(*options)

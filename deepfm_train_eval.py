@@ -2275,8 +2275,9 @@ def run(args):
         if args.predict:
             predict(trainer)
         elif args.eval_only:
+            progress = read_checkpoint(args.model_load_dir)["progress"]
             for split in ("val", "test"):
-                trainer.evaluate(split, read_checkpoint(args.model_load_dir)["progress"]["epoch"] - 1)
+                trainer.evaluate(split, progress["epoch"] - (progress["step_in_epoch"] == 0))
         else:
             log = held.enter_context(closing(MetricsLog(args.log_dir, resumed_step)))
             train(trainer, log)

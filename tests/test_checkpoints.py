@@ -291,6 +291,8 @@ def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shar
     run_here(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--checkpoint_interval", "2",
              "--train_batches", "4")
     assert saved == [["step_2"], ["best_checkpoint", "step_4"]]
+    scored = run_here(shared_dataset_dir, tmp_path, "--eval_only", "--model_load_dir", tmp_path / "save" / "step_4")
+    assert "Epoch 1, Step 4, val" in scored
 
 
 def interrupted_at(monkeypatch, fails, function, *arguments):

@@ -1641,7 +1641,7 @@ class Trainer:
         self.model = build_model(args, dataset, self.placement)
         self.optimizer_state = {}
         if checkpoint:
-            self.load(checkpoint)
+            self.load(checkpoint, to_train=not (args.eval_only or args.predict))
 
     # --- graphs -------------------------------------------------------------------------------------------------------
 
@@ -1865,11 +1865,12 @@ class Trainer:
             raise UserError(f"{folder} was trained on other fields or table sizes than those of --data_dir "
                             f"{args.data_dir}; use the data it was trained on")
 
-    def load(self, folder):
-        """Parameters, table rows and Adam's state of a checkpoint."""
+    def load(self, folder, to_train=True):
+        """Parameters and table rows of a checkpoint; Adam's state, twice as large, only if it is needed to train."""
+        self.train_graph, self.optimizer_state = None, {}  # frees the moments that a graph holds
         state = read_checkpoint(folder)
         saved = self.load_dense(folder)
-        moments = {name: value for name, value in saved.items() if name not in self.parameter_names()}
+        moments = {name: value for name, value in saved.items() if to_train and name not in self.parameter_names()}
         self.optimizer_state = {name: flow.tensor(value.numpy()).to_global(self.placement, flow.sbp.broadcast)
                                 for name, value in moments.items()}
         for name in self.stores:
@@ -1877,7 +1878,6 @@ class Trainer:
                 getattr(self.model, name).weight.load_snapshot(state["tables"][name]["snapshot"])
             else:
                 self.load_table(name, state["tables"][name], with_moments=bool(moments))
-        self.train_graph = None
         self.step = state["progress"]["step"]
         all_processes_sum(0)
 
@@ -2193,7 +2193,7 @@ def train(trainer, log):
         raise UserError(f"nothing is left to train after step {trainer.step} and no epoch was evaluated yet; use more "
                         f"--train_batches than {args.train_batches}")
     best = os.path.join(trainer.save_dir, "best_checkpoint")
-    trainer.load(best)
+    trainer.load(best, to_train=False)
     print_rank0(f"Best epoch {trainer.best['epoch']}, step {trainer.best['step']}:")
     for split in ("val", "test"):
         trainer.evaluate(split, trainer.best["epoch"], log if split == "test" else None)

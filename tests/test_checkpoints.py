@@ -556,3 +556,18 @@ def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_data
             assert "another run is training with the tables" in fails(*options, *more)
         assert not (tmp_path / "save").exists()
     run_here(*options)
+
+
+def test_adams_moments_are_not_in_memory_when_nothing_is_trained(monkeypatch, run_here, finished, shared_dataset_dir,
+                                                                tmp_path):
+    states, evaluate = [], trainer_module.Trainer.evaluate
+
+    def watched(self, split, *rest):
+        states.append((split, self.train_graph is None, len(self.optimizer_state)))
+        return evaluate(self, split, *rest)
+
+    monkeypatch.setattr(trainer_module.Trainer, "evaluate", watched)
+    load = ["--model_load_dir", finished[0] / "save" / "best_checkpoint"]
+    run_here(shared_dataset_dir, finished[0], "--eval_only", *load)
+    run_here(shared_dataset_dir, tmp_path, "--train_batches", "1", *load)
+    assert states == [("val", True, 0), ("test", True, 0), ("val", False, 0), ("val", True, 0), ("test", True, 0)]

@@ -1,7 +1,6 @@
 """Checkpoints: format, resume after a kill, half ones, disk space, other numbers of processes, use of the model."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -295,19 +294,23 @@ def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shar
     assert "Epoch 1, Step 4, val" in scored
 
 
-def interrupted_at(monkeypatch, fails, function, *arguments):
-    """Run until the first call of a function of the trainer, which fails."""
-    with monkeypatch.context() as patch:
-        def stop(*_):
-            raise trainer_module.UserError("stopped here")
+def run_patched(patch, data_dir, work, *options):
+    """Run the trainer after a line of Python that changes it, in a process of its own -> finished process"""
+    script = work.parent / f"patched-{work.name}.py"
+    script.write_text(f"import os, shutil, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      f"import deepfm_train_eval as module\n{patch}\nmodule.main(sys.argv[1:])\n")
+    command = trainer_command(data_dir, work, *options)
+    command[1] = str(script)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-        patch.setattr(trainer_module, function, stop)
-        assert "stopped here" in fails(*arguments)
+
+def run_killed_before_evaluation(*arguments):
+    assert run_patched("module.finish_epoch = lambda *_: os.kill(os.getpid(), 9)", *arguments).returncode == -9
 
 
-def test_resume_with_nothing_left_to_train(monkeypatch, fails, run_here, shared_dataset_dir, tmp_path):
+def test_resume_with_nothing_left_to_train(fails, run_here, shared_dataset_dir, tmp_path):
     options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches"]
-    interrupted_at(monkeypatch, fails, "finish_epoch", *options, "6", "--checkpoint_interval", "3")
+    run_killed_before_evaluation(*options, "6", "--checkpoint_interval", "3")
     assert "more --train_batches than 2" in fails(*options, "2", "--resume")
     state_file = tmp_path / "save" / "step_3" / "state.json"
     state = json.loads(state_file.read_text())
@@ -316,25 +319,25 @@ def test_resume_with_nothing_left_to_train(monkeypatch, fails, run_here, shared_
     assert "Epoch 1, Step 3, val" in run_here(*options, "4", "--resume")
 
 
-def test_resume_before_the_first_checkpoint_starts_from_the_loaded_model(monkeypatch, fails, run_here, finished,
-                                                                         shared_dataset_dir, tmp_path):
+def test_resume_before_the_first_checkpoint_starts_from_the_loaded_model(run_here, finished, shared_dataset_dir,
+                                                                         tmp_path):
     load = ["--model_load_dir", finished[0] / "save" / "best_checkpoint"]
     options = ["--train_batches", "4", "--model_save_dir"]
     run_here(shared_dataset_dir, tmp_path / "whole", *options, tmp_path / "whole" / "save", *load)
     killed = [shared_dataset_dir, tmp_path / "killed", *options, tmp_path / "killed" / "save"]
-    interrupted_at(monkeypatch, fails, "finish_epoch", *killed, *load)
+    run_killed_before_evaluation(*killed, *load)
     assert "starting from the beginning" in run_here(*killed, "--resume")
     assert_same(everything(tmp_path / "killed", "step_4"), everything(tmp_path / "whole", "step_4"))
 
 
-def test_checkpoint_in_use_is_not_written_again(monkeypatch, fails, run_here, shared_dataset_dir, tmp_path):
+def test_checkpoint_in_use_is_not_written_again(shared_dataset_dir, tmp_path):
     """A resume at step 0 saves the initial model once more; its rows stay in place meanwhile."""
     options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--save_initial_model",
                "--train_batches", "1"]
-    interrupted_at(monkeypatch, fails, "finish_epoch", *options)
+    run_killed_before_evaluation(*options)
     start = everything(tmp_path, "initial_checkpoint")
     chunks = {path: path.stat().st_ino for path in tmp_path.glob("tables*/0-1/*s/*")}
-    interrupted_at(monkeypatch, fails, "finish_epoch", *options, "--resume")
+    run_killed_before_evaluation(*options, "--resume")
     assert chunks == {path: path.stat().st_ino for path in tmp_path.glob("tables*/0-1/*s/*")}
     assert_same(everything(tmp_path, "initial_checkpoint"), start)
 
@@ -533,19 +536,18 @@ def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
     assert written < 1.02 * needed
 
 
-@pytest.mark.parametrize("function", ["save", "copytree"])
-def test_full_disk_at_the_dense_part_is_one_clear_line(monkeypatch, fails, finished, shared_dataset_dir, tmp_path,
-                                                       function):
+@pytest.mark.parametrize("patch", [
+    "module.flow.save = lambda *_: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
+    "def fail(*_): raise shutil.Error([('from', 'to', 'No space left on device')] * 9)\nshutil.copytree = fail",
+])
+def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_dir, tmp_path, patch):
     """shutil.copytree raises one error with a list of all its files."""
-    work = copy_of(finished[0], tmp_path)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def failing(*_):
-        raise full if function == "save" else shutil.Error([("from", "to", str(full))] * 9)
-
-    monkeypatch.setattr(flow if function == "save" else shutil, function, failing)
-    error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--train_batches", "15")
-    assert "No space left on device); the earlier ones are whole" in error and len(error) < 300
+    work = copy_of(finished[0], tmp_path / "work")
+    result = run_patched(patch, shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save",
+                         "--train_batches", "15")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and len(errors[0]) < 300
+    assert "No space left on device); the earlier ones are whole" in errors[0] and "Traceback" not in result.stderr
 
 
 def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_dataset_dir, tmp_path):

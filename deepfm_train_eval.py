@@ -23,6 +23,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2209,14 +2210,20 @@ def train(trainer, log):
 
 
 def predict_command(trainer, checkpoint):
-    args = trainer.args
-    options = {"data_dir": args.data_dir, "persistent_path": args.persistent_path,
-               "persistent_path_fm": args.persistent_path_fm, "model_load_dir": checkpoint}
-    model = {"embedding_vec_size": args.embedding_vec_size, "dnn": ",".join(map(str, args.dnn))}
-    options.update({name: value for name, value in model.items() if str(value) != str(make_parser().get_default(name))})
-    text = " ".join(f"--{name} {value}" for name, value in options.items())
-    return (f"python deepfm_train_eval.py {text}{' --batch_norm' if args.batch_norm else ''} "
-            f"--predict {os.path.join(args.data_dir, 'test')} --predict_output predictions.parquet")
+    """A shell command that works in the current folder, also for data without a dataset_info.json."""
+    args, parser = trainer.args, make_parser()
+    # python as the user calls it, if that is this one: the launcher uses an environment that is not activated
+    command = ["python" if shutil.which("python") == sys.executable else sys.executable, sys.argv[0]]
+    for name in ("data_dir", *(f"num_{split}_samples" for split in SPLITS), "table_size_array", "embedding_vec_size",
+                 "dnn", "persistent_path", "persistent_path_fm"):
+        value = getattr(args, name)
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is not None and text != str(parser.get_default(name)):
+            command += [f"--{name}", text]
+    command += ["--batch_norm"] * args.batch_norm
+    command += ["--model_load_dir", checkpoint, "--predict", os.path.join(args.data_dir, "test"),
+                "--predict_output", "predictions.parquet"]
+    return shlex.join(command)
 
 
 def predict(trainer):

@@ -130,6 +130,20 @@ def test_evaluation_and_prediction_of_a_checkpoint(run_here, finished, shared_da
     assert log_loss(labels, probs.astype(float)) == pytest.approx(logloss, abs=2e-6)
 
 
+def test_printed_prediction_command_runs(tmp_path):
+    """With blanks in the paths, without dataset_info.json, and outside the folder of the script."""
+    data = make_dataset(tmp_path / "my data", info=False)
+    work = tmp_path / "my run"
+    output, _ = run_trainer(data, work, "--model_save_dir", work / "save", "--train_batches", "7", "--batch_norm",
+                            "--table_size_array", "7,11,40", "--num_train_samples", "403", "--num_val_samples", "101",
+                            "--num_test_samples", "97")
+    command = re.search("^Predict with: (.+)$", output, re.M).group(1)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    subprocess.run(command, shell=True, check=True, cwd=folder, timeout=120)
+    assert pq.read_metadata(folder / "predictions.parquet").num_rows == 97
+
+
 RESUME = ["--train_batches", "20", "--loss_print_interval", "1", "--net_dropout", "0.3", "--patience", "1",
           "--lr_factor", "0.5", "--min_delta", "1", "--early_stop_patience", "0"]  # every epoch but the first cuts
 

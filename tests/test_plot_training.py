@@ -80,6 +80,24 @@ def test_several_runs_are_told_apart(tmp_path):
     assert len(set(stars)) == 3
 
 
+def test_long_names_leave_the_numbers_legible(tmp_path):
+    folder = write_metrics(tmp_path / "run_with_a_rather_long_name_number_0_of_the_sweep_lr_0", [train_line(36680)])
+    runs = plot_training.read_runs([folder])
+    figure = plot_training.draw(runs)
+    name, steps = (next(text for text in figure.texts if text.get_text() == content).get_window_extent()
+                   for content in plot_training.table_row(runs[0])[:2])
+    plt.close(figure)
+    assert name.x1 < steps.x0
+
+
+def test_nothing_is_drawn_on_the_edge_and_epochs_are_whole_numbers(tmp_path):
+    faster = {**train_line(20), "samples_per_second": 1030.0}
+    axes = draw(write_metrics(tmp_path / "a", [train_line(10), eval_line("val", 10, 1, 0.7, 0.4), faster]))
+    low, high = axes["Throughput, samples/s"].get_ylim()
+    assert low == 0 and high > 1.05 * 1030
+    assert all(tick == int(tick) for tick in axes["Val AUC"].get_xticks())
+
+
 def test_last_evaluation_of_an_epoch_is_drawn(tmp_path):
     lines = [train_line(5), eval_line("val", 5, 1, 0.6, 0.5), eval_line("val", 9, 1, 0.7, 0.4)]
     curve = draw(write_metrics(tmp_path / "a", lines))["Val AUC"].lines[0]

@@ -36,7 +36,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP"
 WIDTH, PANELS_HEIGHT, LINE_HEIGHT = 9.0, 6.6, 0.2  # inches; text is readable at 900 pixels
 DOTS_PER_INCH = 150
-LONGEST_NAME = 40  # characters
+LONGEST_NAME = 32  # characters
 NEEDED = {"train": ("step", "epoch", "loss", "lr", "samples_per_second"), "val": ("step", "epoch", "auc", "logloss"),
           "test": ("step", "epoch", "auc", "logloss")}  # numbers in a line of metrics.jsonl, by event
 COLUMNS = {"run": 0.075, "steps": 0.45, "best epoch": 0.555, "val AUC": 0.66, "val logloss": 0.765, "test AUC": 0.865,
@@ -209,7 +209,7 @@ def finish(axes, title, note, xlabel, has_data):
         axes.spines[side].set_visible(False)
     if xlabel == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.margins(x=0.02, y=0.1)
     if not has_data:
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color="#555555")
@@ -257,7 +257,7 @@ def draw(runs):
     if trained:
         scale_rates(rate, [line["lr"] for run in runs for line in run.train])
         throughput.yaxis.set_major_formatter(EngFormatter(sep=""))
-        throughput.set_ylim(bottom=0)
+        throughput.set_ylim(0, throughput.dataLim.y1 * 1.1)
     return figure
 
 

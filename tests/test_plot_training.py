@@ -22,7 +22,7 @@ def eval_line(event, step, epoch, auc, logloss):
 # by AUC alone epoch 3 would be best, by logloss alone epoch 1; a cut behind steps 20 and 40
 LINES = [train_line(10), train_line(20), eval_line("val", 20, 1, 0.70, 0.40), train_line(30, 0.001),
          train_line(40, 0.001), eval_line("val", 40, 2, 0.79, 0.41), train_line(50, 0.0001),
-         eval_line("val", 50, 3, 0.80, 0.45), eval_line("test", 50, 2, 0.78, 0.42)]
+         eval_line("val", 50, 3, 0.80, 0.45), eval_line("test", 40, 2, 0.78, 0.42)]
 
 
 def write_metrics(folder, lines=LINES):
@@ -66,6 +66,13 @@ def test_best_epoch_cuts_and_table(tmp_path):
     assert markers(axes["Learning rate"], "v") == [(30, 0.001), (50, 0.0001)]
     [run] = plot_training.read_runs([tmp_path / "a"])
     assert plot_training.table_row(run) == ["a", "50", "2", "0.790000", "0.410000", "0.780000", "0.420000"]
+
+
+def test_best_epoch_is_the_one_that_test_was_scored_with(tmp_path):
+    """With a large --min_delta a later epoch with a larger AUC - logloss is no gain."""
+    lines = [*LINES[:-1], eval_line("test", 20, 1, 0.65, 0.45)]
+    assert markers(draw(write_metrics(tmp_path / "a", lines))["Val AUC"], "*") == [(1, 0.70)]
+    assert markers(draw(write_metrics(tmp_path / "b", lines[:-1]))["Val AUC"], "*") == [(2, 0.79)]
 
 
 def test_several_runs_are_told_apart(tmp_path):

@@ -115,9 +115,13 @@ def read_runs(paths):
 
 
 def best_evaluation(run):
-    """The val line with the largest AUC - logloss, the earliest of equals; None without one."""
+    """The val line of the step that test was scored with; before the end the one with the largest AUC - logloss.
+
+    They differ where --min_delta keeps the trainer from counting a gain. The earliest of equals; None without one.
+    """
     scored = [line for line in run.val if math.isfinite(line["auc"] - line["logloss"])]
-    return max(scored, key=lambda line: line["auc"] - line["logloss"], default=None)
+    chosen = [line for line in scored if run.test and line["step"] == run.test[-1]["step"]]
+    return max(chosen or scored, key=lambda line: line["auc"] - line["logloss"], default=None)
 
 
 def rate_cuts(run):

@@ -150,6 +150,25 @@ def test_faults_in_the_description(dataset_dir, capsys, change, message):
     assert any(message in line for line in errors), errors
 
 
+def test_names_that_the_trainer_cannot_read(dataset_dir, capsys):
+    for split in ("train", "val", "test"):
+        edit_split(dataset_dir, split, lambda frame: frame.rename(columns={"f1": "f-1"}))
+    edit_info(dataset_dir, lambda info: info["fields"][1].update(name="f-1"))
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1
+    assert errors == ["error: the trainer's reader, petastorm, cannot read the columns f-1 (1); rename them"]
+
+
+def test_files_of_a_split_with_columns_in_another_order(dataset_dir, capsys):
+    first = dataset_dir / "val" / FILE
+    frame = pd.read_parquet(first)
+    frame[:50].to_parquet(first, index=False)
+    frame.loc[50:, ["Label", "f0", "f2", "f1"]].to_parquet(first.with_name("part-00001.parquet"), index=False)
+    status, _, errors = run(capsys, dataset_dir)
+    message = f"part-00001.parquet has other columns, types or order than {first}: Label, f0, f2, f1 (4)"
+    assert status == 1 and message in errors[0]
+
+
 def test_unreadable_files(dataset_dir, capsys):
     path = dataset_dir / "val" / FILE
     content = path.read_bytes()

@@ -31,6 +31,7 @@ One column is read at a time in slices; memory grows with the largest table only
 
 import argparse
 import json
+import keyword
 import sys
 from pathlib import Path
 
@@ -71,9 +72,9 @@ class Split:
             self.problems.append(unreadable(path, error))
             return
         columns = dict(zip(schema.names, schema.types))
-        if self.files and columns != self.columns:
-            different = sorted({name for name, _ in columns.items() ^ self.columns.items()})
-            self.problems.append(f"{path} has other columns or types than {self.files[0]}: {shorten(different)}")
+        if self.files and list(columns.items()) != list(self.columns.items()):
+            different = sorted({name for name, _ in columns.items() ^ self.columns.items()}) or columns
+            self.problems.append(f"{path} has other columns, types or order than {self.files[0]}: {shorten(different)}")
             return
         self.columns = columns
         self.files.append(path)
@@ -137,6 +138,9 @@ def read_info(data_dir, problems):
 def find_fields(info, splits, table_sizes, problems):
     """[{name, table_size, offset}] of the fields, from dataset_info.json or the files and --table_size_array."""
     names = [name for name in splits["train"].columns if name != LABEL]
+    unusable = [name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    if unusable:
+        problems.append(f"the trainer's reader, petastorm, cannot read the columns {shorten(unusable)}; rename them")
     for split in splits.values():
         if split.files and set(split.columns) != {LABEL, *names}:
             different = sorted(set(split.columns) ^ {LABEL, *names})

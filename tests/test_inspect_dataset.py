@@ -169,6 +169,15 @@ def test_files_of_a_split_with_columns_in_another_order(dataset_dir, capsys):
     assert status == 1 and message in errors[0]
 
 
+def test_one_fault_is_one_line(dataset_dir, capsys):
+    path = dataset_dir / "train" / FILE
+    path.write_bytes(b"")
+    assert [line.split(" (")[0] for line in run(capsys, dataset_dir)[2]] == [
+        f"error: {path} is not a readable parquet file"]
+    shutil.rmtree(dataset_dir / "train")
+    assert len(run(capsys, dataset_dir)[2]) == 1
+
+
 def test_unreadable_files(dataset_dir, capsys):
     path = dataset_dir / "val" / FILE
     content = path.read_bytes()

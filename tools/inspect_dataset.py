@@ -50,18 +50,20 @@ LONGEST_NAME = 16  # characters of a field's name in the table
 class Split:
     """The readable parquet files of one split.
 
-    Attributes: name, files, num_rows, row_groups, columns {name: type}.
+    Attributes: name, files, num_rows, row_groups, columns {name: type}, complete (no file had to be left out).
     """
 
     def __init__(self, folder, name, problems):
         self.name, self.problems, self.files, self.columns = name, problems, [], {}
         self.num_rows = self.row_groups = 0
+        self.complete = True
         paths = sorted(Path(folder).glob("*.parquet"))
         if not paths:
             problems.append(f"no *.parquet files in {folder}; convert the data again or check DATA_DIR")
+            self.complete = False
         for path in paths:
             self.add(path)
-        if paths and self.num_rows == 0:
+        if self.complete and self.num_rows == 0:
             problems.append(f"the {name} split in {folder} has no rows; convert the data again")
 
     def add(self, path):
@@ -70,11 +72,13 @@ class Split:
             schema = metadata.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
             self.problems.append(unreadable(path, error))
+            self.complete = False
             return
         columns = dict(zip(schema.names, schema.types))
         if self.files and list(columns.items()) != list(self.columns.items()):
             different = sorted({name for name, _ in columns.items() ^ self.columns.items()}) or columns
             self.problems.append(f"{path} has other columns, types or order than {self.files[0]}: {shorten(different)}")
+            self.complete = False
             return
         self.columns = columns
         self.files.append(path)
@@ -137,14 +141,17 @@ def read_info(data_dir, problems):
 
 def find_fields(info, splits, table_sizes, problems):
     """[{name, table_size, offset}] of the fields, from dataset_info.json or the files and --table_size_array."""
-    names = [name for name in splits["train"].columns if name != LABEL]
+    readable = [split for split in splits.values() if split.files]
+    if not readable:
+        return info.get("fields", [])
+    names = [name for name in readable[0].columns if name != LABEL]
     unusable = [name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
     if unusable:
         problems.append(f"the trainer's reader, petastorm, cannot read the columns {shorten(unusable)}; rename them")
-    for split in splits.values():
-        if split.files and set(split.columns) != {LABEL, *names}:
+    for split in readable:
+        if set(split.columns) != {LABEL, *names}:
             different = sorted(set(split.columns) ^ {LABEL, *names})
-            problems.append(f"the {split.name} split does not have {LABEL} and the fields of train: "
+            problems.append(f"the {split.name} split does not have {LABEL} and the fields of {readable[0].name}: "
                             f"{shorten(different)} are only in one of them")
     if info:
         sizes = [field["table_size"] for field in info["fields"]]
@@ -179,7 +186,7 @@ def oov_id(encoding, table_size):
 def inspect_split(split, info, problems):
     """{"rows", "files", "row_groups", "label_rate"}; reads the labels."""
     expected = info["num_samples"][split.name] if info else split.num_rows
-    if split.num_rows != expected:
+    if split.complete and split.num_rows != expected:
         problems.append(f"the {split.name} split has {split.num_rows} rows, dataset_info.json says {expected}")
     ones = zeros = wrong = 0
     for labels in split.slices(LABEL) if LABEL in split.columns else ():

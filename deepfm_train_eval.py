@@ -113,6 +113,9 @@ wait_for_first_process()
 import oneflow as flow  # noqa: E402
 from oneflow import nn  # noqa: E402
 from petastorm import make_batch_reader  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
 
 
 def use_one_compute_thread():
@@ -1222,8 +1225,6 @@ class MetricsLog:
         self.file = self.writer = None
         if folder is None or rank() != 0:
             return
-        from tensorboardX import SummaryWriter
-
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "metrics.jsonl")
         kept = []
@@ -1238,16 +1239,21 @@ class MetricsLog:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self.writer = SummaryWriter(folder, purge_step=None if resumed_step is None else resumed_step + 1)
+        # not SummaryWriter: its thread may still hold the last event when the process is killed
+        self.writer = EventsWriter(os.path.join(folder, "events"))
+        if resumed_step is not None:  # TensorBoard then hides what earlier starts logged behind that step
+            self.write_event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, event, step, **values):
         """event: "train" or an evaluated split, e.g. "val"."""
         if self.file is None:
             return
         self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{event}/{name}", value, step)
+        scalars = [Summary.Value(tag=f"{event}/{name}", simple_value=value) for name, value in values.items()]
+        self.write_event(step, summary=Summary(value=scalars))
+
+    def write_event(self, step, **content):
+        self.writer.write_event(Event(step=step, wall_time=time.time(), **content))
         self.writer.flush()
 
     def close(self):

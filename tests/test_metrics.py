@@ -108,7 +108,8 @@ def test_metrics_log_and_its_resumption(tmp_path):
         log.write("train", step, loss=1.0 / step, epoch=1)
     log.write("val", 3, auc=0.7)
     log.write("test", 2, auc=0.6)  # at the end, with the best model: the next end writes it again
-    assert len(lines(tmp_path)) == 5  # readable while the run goes on
+    assert len(lines(tmp_path)) == 5  # readable while the run goes on, and there after a kill
+    assert {("train/loss", 3), ("val/auc", 3)} <= scalars(tmp_path)
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "train", "st')  # a killed process

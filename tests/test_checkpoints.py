@@ -13,7 +13,7 @@ import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE_SIZES, run_trainer, trainer_command
+from conftest import ROOT, TABLE_SIZES, make_dataset, run_trainer, trainer_command
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module

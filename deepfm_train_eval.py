@@ -388,7 +388,7 @@ class Split:
     """The parquet files of one split: where they are, how many rows every row group has, which columns.
 
     Attributes: name, labelled (whether the labels are read), files (sorted), row_groups (row counts, in reading order),
-    num_rows, columns (names in file order).
+    num_rows, schemas (one per file), columns (names in file order).
     """
 
     def __init__(self, folder, name, labelled=True):
@@ -402,11 +402,13 @@ class Split:
         self.num_rows = sum(self.row_groups)
         if self.num_rows == 0:
             raise UserError(f"the {name} split in {folder} has no rows; convert the data again")
-        self.columns = self.metadata[0].schema.to_arrow_schema().names
-        for path, metadata in zip(self.files, self.metadata):
-            names = metadata.schema.to_arrow_schema().names
-            if names != self.columns:
-                raise UserError(f"{path} has columns {_shorten(names)}, but {self.files[0]} has "
+        self.schemas = [m.schema.to_arrow_schema() for m in self.metadata]
+        self.columns = self.schemas[0].names
+        if len(set(self.columns)) < len(self.columns):
+            raise UserError(f"{self.files[0]} has several columns of one name: {_shorten(self.columns)}")
+        for path, schema in zip(self.files, self.schemas):
+            if schema.names != self.columns:
+                raise UserError(f"{path} has columns {_shorten(schema.names)}, but {self.files[0]} has "
                                 f"{_shorten(self.columns)}; convert the data again")
 
     def column_range(self, column):
@@ -485,7 +487,7 @@ def read_dataset(args):
     for split in splits.values():
         if set(split.columns) != set(columns):
             raise UserError(f"the {split.name} split has columns {_shorten(split.columns)}, but train has "
-                            f"{_shorten(columns)}; missing: {_shorten(sorted(set(columns) - set(split.columns)))}")
+                            f"{_shorten(columns)}; not in both: {_shorten(sorted(set(columns) ^ set(split.columns)))}")
     if info and info["fields"] != fields:
         raise UserError(f"dataset_info.json names the fields {_shorten(info['fields'])}, but the files have "
                         f"{_shorten(fields)}; convert the data again")
@@ -500,7 +502,7 @@ def read_dataset(args):
                             f"{split.num_rows} rows; correct the number or check --data_dir")
     dataset = Dataset(splits, fields, table_sizes)
     for split in splits.values():
-        _check_ranges(dataset, split)
+        _check_columns(dataset, split)
     return dataset
 
 
@@ -518,8 +520,15 @@ def _brief(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_ranges(dataset, split):
-    """Check ids and labels by the files' statistics, before anything is read; rows are checked again when read."""
+def _check_columns(dataset, split):
+    """Check ids and labels by the files' types and statistics, before rows are read, which are checked once more."""
+    for path, schema in zip(split.files, split.schemas):
+        for name in dataset.fields + ([LABEL] if split.labelled else []):
+            kind = schema.field(name).type
+            is_id = pa.types.is_integer(kind) and not pa.types.is_uint64(kind)  # petastorm leaves out uint64
+            if not (is_id or name == LABEL and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))):
+                raise UserError(f"column {name} of {path} is of type {kind}, expected "
+                                f"{'numbers' if name == LABEL else 'integers'}; convert the data again")
     for f, field in enumerate(dataset.fields):
         bounds = split.column_range(field)
         if bounds and (bounds[0] < dataset.offsets[f] or bounds[1] >= dataset.offsets[f + 1]):
@@ -529,10 +538,13 @@ def _check_ranges(dataset, split):
         raise UserError(f"the labels of the {split.name} split go from {bounds[0] + 0:g} to {bounds[1]:g}, "
                         "expected only 0 and 1; convert the data again")
     if bounds and bounds[0] == bounds[1]:
-        raise UserError(f"all labels of the {split.name} split are {bounds[0]:g}; AUC needs both 0 and 1")
+        raise UserError(f"all labels of the {split.name} split are {bounds[1]:g}; AUC needs both 0 and 1")
 
 
 def _raise_id_error(dataset, split, f, low, high):
+    if low != low:  # a missing id is read as NaN
+        raise UserError(f"field {dataset.fields[f]} of the {split.name} split has rows without an id; "
+                        "convert the data again")
     raise UserError(f"field {dataset.fields[f]} of the {split.name} split has ids from {low} to {high}, expected "
                     f"[{dataset.offsets[f]}, {dataset.offsets[f + 1]}); check --table_size_array or convert again")
 
@@ -2239,7 +2251,7 @@ def predict(trainer):
     missing = [field for field in dataset.fields if field not in split.columns]
     if missing:
         raise UserError(f"--predict {args.predict} lacks the columns {_shorten(missing)}")
-    _check_ranges(dataset, split)
+    _check_columns(dataset, split)
     probs, _ = trainer.predict(split)
 
     def write():

@@ -202,18 +202,35 @@ def set_value(column, row, value):
     return change
 
 
+def cast(column, kind):
+    return lambda table: table.astype({column: kind})
+
+
+def two_columns_of_one_name(folder):
+    path = folder / "train" / "part-00000.parquet"
+    pq.write_table(pq.read_table(path).rename_columns(["Label", "f0", "f1", "f1"]), path)
+
+
 NOT_READ = [
     (lambda folder: (folder / "test" / "part-00000.parquet").unlink(), "no *.parquet files in"),
     (lambda folder: os.rename(folder / "val", folder / "valid"), "val; run tools/criteo_parquet.py"),
     (truncate, "is not a readable parquet file"),
     (rewrite("train", lambda table: table.drop(columns="Label")), "has no column Label"),
-    (rewrite("val", lambda table: table.drop(columns="f1")), "missing: f1"),
+    (rewrite("val", lambda table: table.drop(columns="f1")), "not in both: f1 (1)"),
+    (rewrite("test", lambda table: table.assign(extra=1)), "not in both: extra (1)"),
+    (rewrite("train", cast("f1", str)), "is of type string, expected integers"),
+    (rewrite("val", cast("f1", "uint64")), "is of type uint64, expected integers"),
+    (rewrite("val", cast("f2", "float64")), "is of type double, expected integers"),
+    (rewrite("test", lambda table: table.assign(f1=[[1]] * len(table))), "is of type list<"),
+    (rewrite("train", cast("Label", str)), "is of type string, expected numbers"),
+    (two_columns_of_one_name, "several columns of one name: Label, f0, f1, f1 (4)"),
     (rewrite("test", lambda table: table[:0]), "has no rows"),
     (rewrite("train", lambda table: table[:-1]), "--num_train_samples is 403, but the files in"),
     (rewrite("train", set_value("f1", 5, 99)), "field f1 of the train split has ids from 7 to 99, expected [7, 18)"),
     (rewrite("val", set_value("f0", 5, -1)), "field f0 of the val split has ids from -1 to "),
     (rewrite("test", set_value("Label", 3, 2.0)), "the labels of the test split go from 0 to 2"),
     (rewrite("train", lambda table: table.assign(Label=np.float32(1))), "all labels of the train split are 1"),
+    (rewrite("val", lambda table: table.assign(Label=np.float32(0))), "all labels of the val split are 0; AUC"),
     (edit_info(lambda info: info["fields"].pop()), "dataset_info.json names the fields f0, f1 (2)"),
     (edit_info(lambda info: info.pop("fields")), "is not a dataset description"),
     (edit_info(lambda info: info["num_samples"].update(val=102)), "--num_val_samples is 102, but"),
@@ -250,6 +267,22 @@ def test_without_dataset_info_the_arguments_are_needed(tmp_path):
     with pytest.raises(UserError, match=r"--table_size_array has 2 values, expected 3: f0, f1, f2 \(3\)"):
         dataset_of(tmp_path, *counts, "--table_size_array=7,51")
     assert dataset_of(tmp_path, *counts, "--table_size_array=7,11,40").table_sizes == TABLE_SIZES
+
+
+def test_labels_of_any_kind_of_number(dataset_dir):
+    for split, kind in (("train", "bool"), ("val", "int8"), ("test", "float64")):
+        rewrite(split, cast("Label", kind))(dataset_dir)
+    dataset = dataset_of(dataset_dir)
+    for split in dataset.splits.values():
+        labels = np.concatenate([labels for _, labels in trainer_module.read_rows(dataset, split)])
+        assert labels.dtype == np.float32 and set(labels) == {0, 1}
+
+
+def test_a_row_without_an_id(dataset_dir):
+    rewrite("train", lambda table: table.assign(f1=table.f1.astype("Int32").where(table.index != 5)))(dataset_dir)
+    dataset = dataset_of(dataset_dir)
+    with pytest.raises(UserError, match="field f1 of the train split has rows without an id"):
+        list(trainer_module.read_rows(dataset, dataset.splits["train"]))
 
 
 @pytest.mark.parametrize("column, value, message", [

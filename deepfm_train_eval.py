@@ -197,8 +197,18 @@ def print_rank0(*values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the help texts, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake, from one process only, and exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         if int(os.environ.get("RANK", "0")) <= 0:  # importing OneFlow sets -1 in a process that was not launched
@@ -246,11 +256,7 @@ def bounded(kind, low=None, high=None, open_low=False):
 
 
 def make_parser():
-    parser = Parser(
-        description="Train and evaluate DeepFM with OneFlow graphs and OneEmbedding tables.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("Train and evaluate DeepFM with OneFlow graphs and OneEmbedding tables.")
     positive, natural = bounded(int, 1), bounded(int, 0)
 
     data = parser.add_argument_group("data")

@@ -26,7 +26,6 @@ Engines (--engine): `arrow` works on one machine in bounded memory; `spark` give
 many machines as --spark_master has. Both folders and the scratch folder must be visible on all of them.
 """
 
-import argparse
 import contextlib
 import errno
 import gzip
@@ -53,6 +52,7 @@ from parquet_common import (
     LABEL,
     SPLITS,
     DataError,
+    Parser,
     Progress,
     RowSpool,
     SplitWriter,
@@ -872,10 +872,7 @@ def worker_error(error):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Convert raw Criteo text into a parquet dataset.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Convert raw Criteo text into a parquet dataset.")
     add_common_options(parser, "folder with train.txt, or with train.csv, valid.csv and test.csv; .gz of them too")
     parser.add_argument("--encoding", choices=["x4", "hash"], default="x4",
                         help="x4: FuxiCTR's vocabularies; hash: value mod --mod_idx")

@@ -182,7 +182,7 @@ def bounded_int(low):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     model = parser.add_argument_group("data and model")
     model.add_argument("--data_dir", required=True, help="folder with val/ parquet shards")
     model.add_argument("--model_load_dir", required=True, help="checkpoint, e.g. MODEL_SAVE_DIR/best_checkpoint")

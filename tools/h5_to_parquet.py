@@ -21,7 +21,6 @@ and the same for valid and test, beside feature_map.json. Any data set of catego
 its field's offset (running sum of vocab_size), val and test keep their row order, train is shuffled with --seed.
 Files are read in slices, so memory does not grow with their size. Spark is not needed.
 """
-import argparse
 import json
 import os
 import re
@@ -39,6 +38,7 @@ import pyarrow.parquet as pq
 from parquet_common import (
     LABEL,
     DataError,
+    Parser,
     Progress,
     RowSpool,
     SplitWriter,
@@ -470,8 +470,7 @@ def convert(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     add_common_options(parser, "folder that FuxiCTR wrote, with feature_map.json in it or one folder below")
     parser.add_argument("--label", help="label column, needed when the FuxiCTR data has several")
     return parser.parse_args(argv)

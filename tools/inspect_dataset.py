@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from parquet_common import LABEL, SPLITS, make_fields
+from parquet_common import LABEL, SPLITS, Parser, make_fields
 from tqdm import tqdm
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory
@@ -307,16 +307,8 @@ def int_list(text):
     return [int(part) for part in parts]
 
 
-class Parser(argparse.ArgumentParser):
-    """One line per mistake and exit status 2."""
-
-    def error(self, message):
-        sys.stderr.write(f"error: {message} (see --help)\n")
-        sys.exit(2)
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("data_dir", metavar="DATA_DIR", help="folder with train/, val/ and test/ parquet shards")
     parser.add_argument("--table_size_array", type=int_list,
                         help="rows of every field's table, comma-separated; only needed without dataset_info.json")

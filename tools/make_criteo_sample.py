@@ -23,6 +23,7 @@ import os
 import sys
 
 import numpy as np
+from parquet_common import Parser
 
 BLOCK_ROWS = 50_000  # rows per random stream; another value gives other rows
 NUM_FACTORS = 2  # rank of the planted pairwise part
@@ -282,10 +283,7 @@ def integer_from(minimum):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Make a synthetic Criteo sample: raw text in the format of Kaggle's train.txt.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Make a synthetic Criteo sample: raw text in the format of Kaggle's train.txt.")
     parser.add_argument("--output_dir", required=True, help="directory to write train.txt and sample_info.json to")
     parser.add_argument("--num_rows", type=integer_from(1), default=250_000, help="number of rows over all splits")
     parser.add_argument("--seed", type=integer_from(0), default=1, help="seed of the values, the labels and the model")

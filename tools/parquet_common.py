@@ -439,6 +439,24 @@ def gigabytes(text):
     return value
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the help texts, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Defaults in the help; one line per mistake, and exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        sys.stderr.write(f"error: {message} (see --help)\n")
+        sys.exit(2)
+
+
 def add_common_options(parser, input_help):
     """The options that both converters have."""
     parser.add_argument("--input_dir", required=True, help=input_help)

@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator  # noqa: E402
+from parquet_common import Parser  # noqa: E402
 
 # Okabe and Ito's palette without its yellow; told apart by people with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -279,16 +280,8 @@ def png_path(text):
     return text
 
 
-class Parser(argparse.ArgumentParser):
-    """One line per mistake and exit status 2."""
-
-    def error(self, message):
-        sys.stderr.write(f"error: {message} (see --help)\n")
-        sys.exit(2)
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --model_save_dir, a --log_dir or a metrics.jsonl")
     parser.add_argument("--output", type=png_path, default="training.png", metavar="FILE.png", help="the picture")
     return parser.parse_args(argv)

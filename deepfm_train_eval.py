@@ -486,6 +486,8 @@ def read_dataset(args):
     if LABEL not in columns:
         raise UserError(f"{splits['train'].files[0]} has no column {LABEL}; its columns are {_shorten(columns)}")
     fields = [name for name in columns if name != LABEL]
+    if not fields:
+        raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
     unusable = [name for name in fields if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
     if unusable:
         raise UserError(f"petastorm cannot read the columns {_shorten(unusable)}; rename them in {args.data_dir}: "
@@ -2319,7 +2321,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `import oneflow` put one there that ends at once
     try:
         run(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         sys.stderr.write(f"error: {error}\n")
         status = 1
     except KeyboardInterrupt:

@@ -216,6 +216,7 @@ NOT_READ = [
     (lambda folder: os.rename(folder / "val", folder / "valid"), "val; run tools/criteo_parquet.py"),
     (truncate, "is not a readable parquet file"),
     (rewrite("train", lambda table: table.drop(columns="Label")), "has no column Label"),
+    (rewrite("train", lambda table: table[["Label"]]), "has no column but Label"),
     (rewrite("val", lambda table: table.drop(columns="f1")), "not in both: f1 (1)"),
     (rewrite("test", lambda table: table.assign(extra=1)), "not in both: extra (1)"),
     (rewrite("train", cast("f1", str)), "is of type string, expected integers"),

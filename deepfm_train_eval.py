@@ -469,7 +469,7 @@ def _read_dataset_info(data_dir):
         return {"fields": [field["name"] for field in info["fields"]],
                 "table_sizes": [int(field["table_size"]) for field in info["fields"]],
                 "num_samples": {split: int(info["num_samples"][split]) for split in SPLITS}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a dataset description ({error!r}); convert the data again") from None
 
 
@@ -2316,23 +2316,37 @@ def run(args):
             train(trainer, log)
 
 
+def give_up(message, status, patience=5):
+    """Say why in one line and end, without waiting for the collective calls of other processes.
+
+    Most mistakes meet every process. Only the first one of a node speaks at once; when it ends, the launcher ends too.
+    The others wait for that in silence, since OneFlow prints a stack trace in them when one is gone.
+    """
+    with suppress(OSError):  # perhaps nobody reads any more
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            launcher, end, stderr = os.getppid(), time.monotonic() + patience, os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            while os.getppid() == launcher and time.monotonic() < end:
+                time.sleep(0.1)
+            if os.getppid() == launcher:  # the first process has not met it
+                os.dup2(stderr, 2)
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(status)
+
+
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `import oneflow` put one there that ends at once
     try:
         run(args)
-    except (UserError, OSError, MemoryError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        status = 1
+    except (UserError, OSError) as error:
+        give_up(f"error: {error}", 1)
+    except MemoryError as error:
+        give_up(f"error: not enough memory for these sizes of model, tables and batch ({error})", 1)
     except KeyboardInterrupt:
-        hint = "; continue with --resume" if args.model_save_dir else ""
-        sys.stderr.write(f"interrupted{hint}\n")
-        status = 128 + signal.SIGINT
-    else:
-        return
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(status)  # without waiting for the collective calls of other processes
+        give_up("interrupted" + ("; continue with --resume" if args.model_save_dir else ""), 128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

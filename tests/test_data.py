@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import TABLE_SIZES, make_dataset, trainer_command, write_split
+from conftest import TABLE_SIZES, make_dataset, run_trainer, trainer_command, write_split
 
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import (
@@ -234,6 +236,7 @@ NOT_READ = [
     (rewrite("val", lambda table: table.assign(Label=np.float32(0))), "all labels of the val split are 0; AUC"),
     (edit_info(lambda info: info["fields"].pop()), "dataset_info.json names the fields f0, f1 (2)"),
     (edit_info(lambda info: info.pop("fields")), "is not a dataset description"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=float("inf"))), "is not a dataset description"),
     (edit_info(lambda info: info["num_samples"].update(val=102)), "--num_val_samples is 102, but"),
     (edit_info(lambda info: info["fields"][0].update(table_size=3)), "field f0 of the train split has ids from 0"),
 ]
@@ -322,6 +325,35 @@ def test_data_errors_end_in_one_line_and_status_1(dataset_dir, tmp_path, capfd, 
     lines = [line for line in errors.splitlines() if "parquet" in line]
     assert ended.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: ")
     assert "Traceback" not in output + errors and not (tmp_path / "tables").exists()
+
+
+def test_one_process_of_several_reports_what_all_meet(dataset_dir, tmp_path):
+    rewrite("val", set_value("Label", 7, np.nan))(dataset_dir)  # seen by every process when it evaluates
+    output, errors = run_trainer(dataset_dir, tmp_path, "--train_batches", "2", processes=2, status=1)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: the val split has a label nan, expected only 0 and 1"]
+    assert "Check failure stack trace" not in output + errors
+
+
+def test_two_processes_end_when_nobody_reads_their_output(dataset_dir, tmp_path):
+    command = trainer_command(dataset_dir, tmp_path, "--loss_print_interval", "1", processes=2)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"Step 1/" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+
+
+def test_too_little_memory_is_one_line(dataset_dir, tmp_path, capfd, monkeypatch):
+    def allocate(args):
+        raise MemoryError("Unable to allocate 146. TiB")
+
+    monkeypatch.setattr(trainer_module, "run", allocate)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        trainer_module.main(trainer_command(dataset_dir, tmp_path)[2:])
+    errors = capfd.readouterr().err
+    assert ended.value.code == 1 and errors.startswith("error: not enough memory") and "146. TiB" in errors
 
 
 # -------------------------------------------------------------------------------------------------- readers and threads

@@ -22,7 +22,7 @@
 #   CUDA_VISIBLE_DEVICES    the GPUs to use
 #   PYTHON, VENV, ONEFLOW_VERSION   see tools/setup_env.sh
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 # Published hyperparameters; the learning rate is cut after every epoch without a gain, and two in a row end the run.
 RECIPE=(--embedding_vec_size 16 --dnn 1000,1000,1000,1000,1000 --net_dropout 0.2 --batch_size 10000
@@ -200,13 +200,14 @@ train() {
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$(free_port)}")
   # OneFlow's launcher ends with status 1 and a traceback of its own whatever a process returned, so each process notes
   # its status, and the launcher's own messages are shown only when it failed by itself.
-  run "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "$BASH" -c '
+  run "$BASH" -c 'exec "${@:2}" 2>"$1"' launch "$scratch/launch.err" \
+    "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "$BASH" -c '
     file=$1 status=0
     shift
-    "$@" 2>&1 || status=$?
+    exec 2>&1
+    "$@" || status=$? # bash says here which process was killed
     [[ $status == 0 ]] || echo "$status" >>"$file"
-    exit "$status"' rank "$scratch/status" "$python" -u "$root/deepfm_train_eval.py" "$@" \
-    2>"$scratch/launch.err" || status=$?
+    exit "$status"' trainer "$scratch/status" "$python" -u "$root/deepfm_train_eval.py" "$@" || status=$?
   if [[ -s $scratch/status ]]; then
     status=$(head -n 1 "$scratch/status") # the first process that failed; others may have been ended because of it
   elif ((signals)); then
@@ -234,7 +235,8 @@ main() {
   check_environment
   run bash "$root/tools/setup_env.sh" >"$scratch/python"
   python=$(<"$scratch/python")
-  exec > >(exec tee -i "$log") 2>&1
+  # the run and its log go on when nobody reads the output any more
+  exec > >(trap '' PIPE; exec tee -i "$log") 2>&1
   tee_pid=$!
   options=("${RECIPE[@]}")
   save_dir=$(option_value --model_save_dir --model_save_dir "${MODEL_SAVE_DIR:-}" "$@")

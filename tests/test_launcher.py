@@ -23,7 +23,10 @@ os.rename(path + ".part", path)
 print("out of the trainer", flush=True)
 print("err of the trainer", file=sys.stderr, flush=True)
 time.sleep(float(os.environ.get("SECONDS_TO_SLEEP", "0")))
-sys.exit(int(os.environ.get("STATUS", "0")))
+status = int(os.environ.get("STATUS", "0"))
+if status < 0 and os.environ.get("RANK", "0") == "0":
+    os.kill(os.getpid(), -status)
+sys.exit(status)
 """
 STUB_SAMPLE = """
 import json, os, sys
@@ -124,6 +127,22 @@ def test_output_goes_to_run_log_too_and_the_status_is_kept(project):
     assert (project.folder / "run.log").read_text() == done.out
 
 
+def test_the_log_is_complete_when_nobody_reads_the_output(project):
+    project.run(script="tools/setup_env.sh")
+    launcher = project.start(DATA_DIR=str(project.data), STATUS="7", SECONDS_TO_SLEEP="1")
+    launcher.stdout.close()
+    launcher.stderr.close()
+    assert launcher.wait(timeout=60) == 7
+    log = (project.folder / "run.log").read_text()
+    assert "out of the trainer" in log and "err of the trainer" in log
+
+
+def test_a_link_to_the_launcher(project, tmp_path):
+    (tmp_path / "elsewhere").symlink_to(project.folder / LAUNCHER)
+    done = project.run(script=str(tmp_path / "elsewhere"), DATA_DIR=str(project.data))
+    assert done.returncode == 0, done.err
+
+
 def test_demo_makes_the_sample_once_and_starts_afresh_each_time(project):
     first, second = project.run(), project.run()
     assert first.returncode == second.returncode == 0, first.err + second.err
@@ -179,6 +198,14 @@ def test_two_processes_keep_the_trainers_status_without_a_traceback(project):
     assert "err of the trainer" in done.out
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_killed_process_is_named(project, processes):
+    """As the kernel does when memory runs out."""
+    done = project.run(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=processes, STATUS="-9", SECONDS_TO_SLEEP="0.5")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "Killed" in done.out and "Traceback" not in done.out
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_ends_all_processes(project, processes):
     launcher = project.start(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=str(processes), SECONDS_TO_SLEEP="100")
@@ -187,8 +214,9 @@ def test_a_signal_ends_all_processes(project, processes):
     while not all(file.exists() for file in files) and time.monotonic() < deadline:
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGTERM
+    assert "stopping; once more to stop at once" in out + err
     assert [rank for rank in range(processes) if is_running(project.record(rank)["pid"])] == []
 
 

@@ -1989,8 +1989,8 @@ def prepare_new_run(args, stores):
         for name in find_checkpoints(save_dir):
             remove_checkpoint(save_dir, name)
     elif find_checkpoints(save_dir):
-        raise UserError(f"--model_save_dir {save_dir} holds checkpoints of another run; continue it with --resume, "
-                        "give another folder, or delete it with --overwrite_tables")
+        raise UserError(f"{save_dir} holds checkpoints of another run; continue it with --model_save_dir {save_dir} "
+                        "--resume, give another folder, or delete it with --overwrite_tables")
     for option, store in zip(("persistent_path", "persistent_path_fm"), stores.values()):
         if store.has_rows() and not args.model_load_dir:
             raise UserError(f"--{option} {store.path} already holds rows of another run; continue it with --resume, "

@@ -456,6 +456,16 @@ def test_half_removed_checkpoint_does_not_stay(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_run_without_a_save_dir_can_be_resumed(run_here, fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    best = work / "tables" / ".best"
+    shutil.copytree(work / "save", best)
+    error = fails(shared_dataset_dir, work, "--train_batches", "1")
+    assert f"continue it with --model_save_dir {best} --resume" in error
+    output = run_here(shared_dataset_dir, work, "--train_batches", "16", "--model_save_dir", best, "--resume")
+    assert "Resuming from" in output
+
+
 def test_best_epoch_without_a_save_dir(shared_dataset_dir, tmp_path):
     output, _ = run_trainer(shared_dataset_dir, tmp_path, "--train_batches", "28", "--learning_rate", "0.3",
                             "--net_dropout", "0", "--early_stop_patience", "2")

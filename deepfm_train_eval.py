@@ -141,13 +141,15 @@ def calm_scheduler():
     as many compute threads as cores it took 3 to 25 % of the cores; nice values from 5 to 19 leave it below 2 %. It is
     the thread that works most while operators run one by one, since it polls for a millisecond after each.
     """
-    with suppress(OSError):
+    with suppress(OSError, LookupError, ValueError):  # a system without these files, or without times in them
         before = thread_times()
         for _ in range(10):
             flow.zeros(1)
             time.sleep(0.002)
         worked = {thread: seconds - before.get(thread, 0) for thread, seconds in thread_times().items()}
-        os.setpriority(os.PRIO_PROCESS, max(worked, key=worked.get), 10)
+        busiest = max(worked, key=worked.get)
+        if worked[busiest] > 0:
+            os.setpriority(os.PRIO_PROCESS, busiest, 10)
 
 
 def thread_times():

@@ -373,6 +373,7 @@ def halve(path):
     (halve, "tables/0-1/values/*", "missing or incomplete"),
     (remove, "tables_fm/0-1/keys/*", "missing or incomplete"),
     (remove, "tables/0-1/snapshots/*/LIST", "table snapshot"),
+    (halve, "tables/0-1/snapshots/*/index-*", "has 29 rows, the checkpoint says 58"),
 ])
 def test_half_checkpoints_are_refused(fails, finished, shared_dataset_dir, tmp_path, damage, pattern, message):
     work = copy_of(finished[0], tmp_path)
@@ -402,6 +403,13 @@ def test_other_networks_are_refused(fails, finished, shared_dataset_dir, options
     work, _ = finished
     best = work / "save" / "best_checkpoint"
     assert message in fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best, *options)
+
+
+def test_swapped_tables_are_refused(fails, finished, shared_dataset_dir):
+    work, _ = finished
+    assert "rows of 3 floats, expected 3 x 4" in fails(
+        shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "save" / "best_checkpoint",
+        "--persistent_path", work / "tables_fm", "--persistent_path_fm", work / "tables")
 
 
 def test_rows_of_another_run_are_not_touched(run_here, fails, finished, shared_dataset_dir, tmp_path):

@@ -6,13 +6,13 @@
 
 prints the val metrics, then the fields, the most important first:
 
-    val AUC 0.791952, logloss 0.457976, 25000 rows, permutations per field: 3
+    val AUC 0.791415, logloss 0.458567, 25000 rows, permutations per field: 3
 
     field   AUC drop        +-  logloss rise        +-
-    C17     0.076199  0.001136      0.082661  0.001488
-    C9      0.072080  0.001318      0.079757  0.001529
+    C17     0.075703  0.001025      0.082521  0.001346
+    C9      0.071845  0.001207      0.079850  0.001403
     ...
-    I13    -0.000553  0.000185     -0.000299  0.000165
+    I13    -0.000579  0.000204     -0.000310  0.000176
     wrote importance.png
 
 Each field's column is permuted among the rows, all else stays, and the model scores the rows again (Breiman, Random

@@ -6,8 +6,8 @@
 prints what the trainer keeps as best_checkpoint of each run, and writes the picture:
 
     run    steps  best epoch   val AUC  val logloss  test AUC  test logloss
-    small    600           5  0.791952     0.457976  0.782837      0.466216
-    fast     500           1  0.794147     0.450057  0.790005      0.454022
+    small    600           5  0.791415     0.458567  0.782837      0.466417
+    fast     500           1  0.794747     0.449648  0.790917      0.453364
     wrote training.png
 
 RUN is a --model_save_dir, a --log_dir or a metrics.jsonl of deepfm_train_eval.py; the run may still be going on.

@@ -146,7 +146,7 @@ def calm_scheduler():
         for _ in range(10):
             flow.zeros(1)
             time.sleep(0.002)
-        worked = {thread: seconds - before.get(thread, 0) for thread, seconds in thread_times().items()}
+        worked = {thread: time_now - before.get(thread, 0) for thread, time_now in thread_times().items()}
         busiest = max(worked, key=worked.get)
         if worked[busiest] > 0:
             os.setpriority(os.PRIO_PROCESS, busiest, 10)
@@ -1118,7 +1118,7 @@ class TableDecayAdam(flow.optim.Adam):
 
 
 class TrainGraph(nn.Graph):
-    """One training step: forward, backward, Adam. The learning rate is compiled in: see `with_learning_rate`.
+    """One training step: forward, backward, Adam. The learning rate is compiled in: see `Trainer.make_train_graph`.
 
     On CPU the tables' Adam is lazy: it moves only rows that were looked up, as OneEmbedding does on CUDA. An L2 term
     or clipping over all parameters makes their update dense, as in FuxiCTR.
@@ -1127,7 +1127,7 @@ class TrainGraph(nn.Graph):
     def __init__(self, model, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, amp=False,
                  loss_scale_policy="static"):
         super().__init__()
-        self.config.allow_fuse_add_to_output(True)  # adds the bias inside the matrix product
+        self.config.allow_fuse_add_to_output(True)  # adds bias and mask inside the matrix product
         self.model = model
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
         dense = list(model.dnn.parameters())

@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash tools/setup_env.sh)
-exec "$python" -m pytest tests "$@" </dev/null
+exec "$python" -m pytest -o testpaths=tests "$@" </dev/null

@@ -372,6 +372,8 @@ def parse_args(argv=None):
         parser.error(f"--min_lr {args.min_lr} is above --learning_rate {args.learning_rate}")
     if (args.predict is None) != (args.predict_output is None):
         parser.error("--predict and --predict_output go together")
+    if args.predict_output and os.path.isdir(args.predict_output):
+        parser.error(f"--predict_output {args.predict_output} is a folder; name a file in it")
     if (args.predict or args.eval_only) and not args.model_load_dir:
         parser.error(f"{'--predict' if args.predict else '--eval_only'} needs --model_load_dir, the checkpoint to use")
     if args.resume and not args.model_save_dir:
@@ -468,8 +470,14 @@ def _read_dataset_info(data_dir):
     try:
         with open(path) as file:
             info = json.load(file)
-        return {"fields": [field["name"] for field in info["fields"]],
-                "table_sizes": [int(field["table_size"]) for field in info["fields"]],
+        fields, sizes = info["fields"], [field["table_size"] for field in info["fields"]]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"table sizes {_brief(sizes)}")
+        for field, offset in zip(fields, np.cumsum([0] + sizes)):
+            if field["offset"] != offset:
+                raise ValueError(f"offset {field['offset']} of {field['name']}, but the tables before it have "
+                                 f"{offset} rows")
+        return {"fields": [field["name"] for field in fields], "table_sizes": sizes,
                 "num_samples": {split: int(info["num_samples"][split]) for split in SPLITS}}
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a dataset description ({error!r}); convert the data again") from None

@@ -66,6 +66,7 @@ MISTAKES = [
     (["--disable_fusedmlp", "False", "--batch_norm"], "--disable_fusedmlp False has no batch normalisation"),
     (["--predict", "x"], "--predict and --predict_output go together"),
     (["--predict", "x", "--predict_output", "y"], "--predict needs --model_load_dir"),
+    (["--predict", "x", "--predict_output", "."], "--predict_output . is a folder"),
     (["--eval_only"], "--eval_only needs --model_load_dir"),
     (["--resume"], "--resume needs --model_save_dir"),
     (["--resume", "--model_save_dir", "s", "--overwrite_tables"], "leave out --model_load_dir and --overwrite_tables"),

@@ -91,6 +91,20 @@ def test_a_failing_run_shows_the_trainers_words(capsys):
     assert "error: the training run failed" in error and "--net_dropout: 2.0 must be at most 0.99" in error
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ([], "required: command"),
+    (["stop"], "invalid choice: 'stop'"),
+    (["step", "--repeats", "0"], "--repeats: '0', expected whole numbers of at least 1"),
+    (["scale", "--fields", "5,x"], "--fields: '5,x', expected whole numbers"),
+    (["step", "--updates", "dense"], "--updates: 'dense', expected recipe, lazy or recipe,lazy"),
+])
+def test_mistakes_in_arguments_end_in_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
 def test_loader(tmp_path):
     out = tmp_path / "loader.json"
     assert benchmark.main(["loader", *TINY, "--batch_size", "64", "--num_rows", "2000", "--json", str(out)]) == 0

@@ -238,7 +238,9 @@ NOT_READ = [
     (edit_info(lambda info: info.pop("fields")), "is not a dataset description"),
     (edit_info(lambda info: info["fields"][0].update(table_size=float("inf"))), "is not a dataset description"),
     (edit_info(lambda info: info["num_samples"].update(val=102)), "--num_val_samples is 102, but"),
-    (edit_info(lambda info: info["fields"][0].update(table_size=3)), "field f0 of the train split has ids from 0"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=7.5)), "is not a dataset description"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=3)), "offset 7 of f1, but the tables before it have 3"),
+    (edit_info(lambda info: info["fields"][2].update(table_size=3)), "field f2 of the train split has ids from 18"),
 ]
 
 

@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
+from parquet_common import Parser
 
 TOOLS = Path(__file__).resolve().parent
 LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
@@ -92,7 +93,7 @@ def run_measured(command, **options):
 
 
 def add_shared_options(parser):
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each job; medians are printed")
+    parser.add_argument("--repeats", type=natural, default=3, help="runs of each job; medians are printed")
     parser.add_argument("--json", help="file for all measurements")
     parser.add_argument("--work_dir", help="folder for scratch data; default: the system's")
 
@@ -586,12 +587,11 @@ def add_run_options(command, steps):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure the parts of this package on this machine.")
+    parser = Parser("Measure the parts of this package on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(work, name, help):
-        command = commands.add_parser(name, help=help, description=work.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=help, description=work.__doc__)
         command.set_defaults(work=work)
         return command
 

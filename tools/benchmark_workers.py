@@ -295,5 +295,7 @@ WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "l
            "metrics": metrics_worker, "checkpoint": checkpoint_worker}  # fmt: skip
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in WORKERS:
+        sys.exit(__doc__)
     print(json.dumps(WORKERS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
     os._exit(0)  # without OneFlow's messages at its end: the result is the last line

@@ -449,8 +449,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Defaults in the help; one line per mistake, and exit status 2."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=HelpFormatter)
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=HelpFormatter, **options)
 
     def error(self, message):
         sys.stderr.write(f"error: {message} (see --help)\n")

@@ -1184,18 +1184,17 @@ class TrainGraph(nn.Graph):
         objective = loss
         if self.l2 > 0:
             for table in (self.model.embedding, self.model.embedding_fm):
-                objective = objective + self.l2 * half_sum_of_squares(table.weight)
+                objective = objective + 0.5 * self.l2 * sum_of_squares(table.weight)
         objective.backward()
         return (loss.to_global(sbp=flow.sbp.broadcast), *statistics)
 
 
-def half_sum_of_squares(x):
-    """A number, from (N, D), that has the gradient of sum(x * x) / 2, which is x; only the gradient is to be used.
+def sum_of_squares(x):
+    """(N, D) -> ()
 
-    As the trace of x^T x, with one factor held constant: no other array of the table's size is made, and the step of
-    the published recipe takes 5 % less time than with x * x.
+    As the trace of x^T x: neither it nor its gradient 2 x goes through other arrays of the table's size, as x * x does.
     """
-    gram = flow._C.matmul(x.detach(), x, transpose_a=True)
+    gram = flow._C.matmul(x, x, transpose_a=True)
     return (gram * flow.eye(x.shape[1], placement=x.placement, sbp=flow.sbp.broadcast)).sum()
 
 

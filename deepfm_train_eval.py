@@ -949,9 +949,9 @@ def second_order(embeddings, dim):
 
 
 def repeat_rows(vector, x):
-    """(H,) -> (B, H) for x (B, H); or the vector itself where a broadcast does as well
+    """(H,) -> (B, H) for x (B, H); on CUDA the vector itself, which is broadcast
 
-    On CPU as a lookup of row 0 for every sample: the gradient of a lookup is a segment sum, which OneFlow computes
+    On CPU it is a lookup of row 0 for every sample: the gradient of a lookup is a segment sum, which OneFlow computes
     faster than the sum over rows that is the gradient of a broadcast (3 to 4 % of the step's time).
     """
     if x.placement.type != "cpu":
@@ -1192,7 +1192,7 @@ class TrainGraph(nn.Graph):
 def sum_of_squares(x):
     """(N, D) -> ()
 
-    As the trace of x^T x: neither it nor its gradient 2 x goes through other arrays of the table's size, as x * x does.
+    As the trace of x^T x, which is only D x D: x * x, its sum and their gradients take more passes over a table.
     """
     gram = flow._C.matmul(x, x, transpose_a=True)
     return (gram * flow.eye(x.shape[1], placement=x.placement, sbp=flow.sbp.broadcast)).sum()

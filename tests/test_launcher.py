@@ -291,6 +291,16 @@ def test_setup_says_what_to_do_without_a_python(project, tmp_path):
     assert done.err.startswith("error: no CPython 3.8, 3.9 or 3.10 ") and "or set PYTHON to its path" in done.err
 
 
+def test_run_sh_runs_the_tests_that_are_named(project):
+    (project.folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "run.sh", project.folder / "tests")
+    for name in ("one", "two"):
+        (project.folder / "tests" / f"test_{name}.py").write_text("def test(): pass\n")
+    (project.folder / "test_elsewhere.py").write_text("assert False\n")
+    assert "2 passed" in project.run(script="tests/run.sh").out
+    assert "1 passed" in project.run("tests/test_two.py", script="tests/run.sh").out
+
+
 @pytest.mark.parametrize("name", [LAUNCHER, "tools/setup_env.sh", "tests/run.sh", ".ci/run"])
 def test_scripts_are_sound(name):
     subprocess.run(["bash", "-n", ROOT / name], check=True)

@@ -1,0 +1,1 @@
+"""Command-line tools; `trainer` holds the modules that deepfm_train_eval.py and the tools stand on."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 TABLE_SIZES = [7, 11, 40]
+ROWS = 32  # batch size of `make_trainer`
 
 
 def pytest_configure(config):
+    from tools.trainer.startup import avoid_launch_race
+
+    avoid_launch_race()  # graphs here are tiny
     for category in ("FutureWarning", "DeprecationWarning"):  # petastorm uses pyarrow's old interfaces
         config.addinivalue_line("filterwarnings", f"ignore::{category}:petastorm")
 
@@ -74,12 +80,18 @@ def distinct_dataset_dir(tmp_path_factory):
     return folder
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def trainer_command(data_dir, work_dir, *options, processes=1):
     """The command line of a small training run whose files lie in work_dir."""
     script = [str(ROOT / "deepfm_train_eval.py")]
     if processes > 1:
-        port = 20000 + os.getpid() % 20000
-        launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
+        launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes), "--master_port",
+                  str(free_port())]
         script = [*launch, *script]
     return [sys.executable, *script, "--data_dir", str(data_dir), "--persistent_path", str(Path(work_dir) / "tables"),
             "--persistent_path_fm", str(Path(work_dir) / "tables_fm"), "--device", "cpu", "--dnn", "8,8",
@@ -93,3 +105,50 @@ def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     assert result.returncode == status, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout, result.stderr
+
+
+def metrics_lines(output, split):
+    """[(AUC, logloss)] of the trainer's lines on a split."""
+    found = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)
+    return [(float(auc), float(logloss)) for auc, logloss in found]
+
+
+# ----------------------------------------------------------------------------------------- the trainer in this process
+
+
+def make_trainer(data_dir, folder, *options):
+    """A Trainer of a new model on CPU with larger rows than N(0, 1e-4), so that all terms matter."""
+    from deepfm_train_eval import parse_args, read_dataset, start_trainer
+
+    args = parse_args(["--data_dir", str(data_dir), "--persistent_path", f"{folder}/t", "--persistent_path_fm",
+                       f"{folder}/f", "--device", "cpu", "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size",
+                       str(ROWS), *map(str, options)])
+    trainer, trainer.checkpointer = start_trainer(args, read_dataset(str(data_dir)), run_id="test")
+    rng = np.random.default_rng(5)
+    for table in trainer.model.tables().values():
+        rows = table.weight.detach().to_local().numpy()
+        rows[:-1] = rng.normal(size=rows[:-1].shape) * 0.3
+    return trainer
+
+
+def values_of(model):
+    """{name: array} as `Reference` names them; a copy."""
+    state = {name: value.to_local().numpy().copy() for name, value in model.state_dict().items()}
+    values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
+    return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
+
+
+def random_batches(dataset, count, seed=3, last_rows=ROWS - 9):
+    """(ids, labels) per step; the last one is shorter, so that the graph gets padding rows."""
+    rng = np.random.default_rng(seed)
+    for step in range(count):
+        size = last_rows if step == count - 1 else ROWS
+        ids = np.stack([rng.integers(low, high, size) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
+        yield ids, (rng.random(size) < 0.4).astype(np.float32)
+
+
+def batch_of(dataset, ids, labels):
+    """A Batch of ROWS rows for one process."""
+    from tools.trainer.batches import Batch
+
+    return Batch([(ids, labels)], ROWS, len(ids), dataset.num_ids)

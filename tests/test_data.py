@@ -8,27 +8,31 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TABLE_SIZES, make_dataset, run_trainer, trainer_command, write_split
 
 import deepfm_train_eval as trainer_module
-from deepfm_train_eval import (
-    RowStream,
-    UserError,
-    choose_lanes,
-    eval_batches,
-    parse_args,
-    prefetched,
-    read_dataset,
-    shuffled,
-    train_batches,
-)
+from deepfm_train_eval import read_rows
+from tools.trainer import batches
+from tools.trainer.batches import RowStream, choose_lanes, prefetched, shuffled
+from tools.trainer.cli import UserError
+from tools.trainer.dataset import SPLITS, read_dataset
 
 
-def dataset_of(folder, *options):
-    return read_dataset(parse_args(["--data_dir", str(folder), "--persistent_path", "t", "--persistent_path_fm", "f",
-                                    *map(str, options)]))  # fmt: skip
+def dataset_of(folder, counts=None, table_sizes=None):
+    """counts: rows of train, val, test; None: dataset_info.json says them"""
+    return read_dataset(str(folder), table_sizes, dict(zip(SPLITS, counts)) if counts else None)
+
+
+def train_batches(dataset, batch_size, seed=0, epoch=1, rank=0, world_size=1, first_step=0, **options):
+    return batches.train_batches(read_rows, dataset, batch_size, seed=seed, epoch=epoch, rank=rank,
+                                 world_size=world_size, first_step=first_step, **options)
+
+
+def eval_batches(dataset, split, batch_size, rank=0, world_size=1):
+    return batches.eval_batches(read_rows, dataset, split, batch_size, rank=rank, world_size=world_size)
 
 
 def numbered(folder, rows=(1013, 211, 103), row_group_rows=50, files=1):
@@ -39,8 +43,7 @@ def numbered(folder, rows=(1013, 211, 103), row_group_rows=50, files=1):
             write_split(folder / name, part % 2, ids[part], row_group_rows, ["kind", "number"])
             path = folder / name / "part-00000.parquet"
             os.rename(path, path.with_name(f"part-{part[0]:05d}-of.parquet"))
-    options = [f"--num_{name}_samples={count}" for name, count in zip(("train", "val", "test"), rows)]
-    return dataset_of(folder, *options, f"--table_size_array=3,{max(rows)}")
+    return dataset_of(folder, rows, [3, max(rows)])
 
 
 def numbers(batch):
@@ -55,16 +58,16 @@ def numbers(batch):
     return found.tolist()
 
 
-def epoch_of(dataset, processes, batch_size=48, seed=1, epoch=1, first_step=0):
+def epoch_of(dataset, processes, batch_size=48, seed=1, epoch=1, first_step=0, **options):
     """[[rows of process 0, rows of process 1, ...] per step]"""
-    streams = [list(train_batches(dataset, batch_size, seed, epoch, process, processes, first_step))
+    streams = [list(train_batches(dataset, batch_size, seed, epoch, process, processes, first_step, **options))
                for process in range(processes)]  # fmt: skip
     assert len({len(stream) for stream in streams}) == 1
     for batches in zip(*streams):
         assert sum(batch.num_valid for batch in batches) == batches[0].num_global
         assert {len(batch.ids) for batch in batches} == {batch_size // processes}
         padding = [batch.ids[batch.num_valid:] for batch in batches]
-        assert all((rows == dataset.num_rows).all() for rows in padding)
+        assert all((rows == dataset.num_ids).all() for rows in padding)
     return [[numbers(batch) for batch in batches] for batches in zip(*streams)]
 
 
@@ -117,12 +120,12 @@ def test_rows_are_mixed_across_row_groups(tmp_path):
     assert len({number // 100 for number in batch}) > 30
 
 
-def test_row_groups_come_in_an_order_of_their_own_for_each_seed_and_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "SHUFFLE_ROWS", 8)  # a pool that keeps the order of the row groups
+def test_row_groups_come_in_an_order_of_their_own_for_each_seed_and_epoch(tmp_path):
     dataset = numbered(tmp_path, (1000, 7, 5), row_group_rows=50)
     orders = []
     for seed, epoch in ((1, 1), (1, 2), (2, 1)):
-        rows = [number for [part] in epoch_of(dataset, 1, seed=seed, epoch=epoch) for number in part]
+        # a pool that keeps the order of the row groups
+        rows = [number for [part] in epoch_of(dataset, 1, seed=seed, epoch=epoch, shuffle_rows=8) for number in part]
         orders.append(list(dict.fromkeys(number // 50 for number in rows)))
     for i, order in enumerate(orders):
         assert sorted(order) == list(range(20)) and order not in [list(range(20)), *orders[:i]]
@@ -148,9 +151,7 @@ def save_named(folder, names):
     ids = np.stack([np.arange(40) % 4 + 4 * f for f in range(len(names))], axis=1)
     for split in ("train", "val", "test"):
         write_split(folder / split, np.arange(40) % 2, ids, 9, names)
-    sizes = ",".join("4" for _ in names)
-    return dataset_of(folder, "--num_train_samples=40", "--num_val_samples=40", "--num_test_samples=40",
-                      "--table_size_array", sizes), ids  # fmt: skip
+    return dataset_of(folder, [40] * 3, [4] * len(names)), ids
 
 
 def test_names_and_number_of_fields(tmp_path):
@@ -217,13 +218,13 @@ NOT_READ = [
     (lambda folder: (folder / "test" / "part-00000.parquet").unlink(), "no *.parquet files in"),
     (lambda folder: os.rename(folder / "val", folder / "valid"), "val; run tools/criteo_parquet.py"),
     (truncate, "is not a readable parquet file"),
-    (rewrite("train", lambda table: table.drop(columns="Label")), "has no column Label"),
-    (rewrite("train", lambda table: table[["Label"]]), "has no column but Label"),
-    (rewrite("val", lambda table: table.drop(columns="f1")), "not in both: f1 (1)"),
-    (rewrite("test", lambda table: table.assign(extra=1)), "not in both: extra (1)"),
-    (rewrite("train", cast("f1", str)), "is of type string, expected integers"),
-    (rewrite("val", cast("f1", "uint64")), "is of type uint64, expected integers"),
-    (rewrite("val", cast("f2", "float64")), "is of type double, expected integers"),
+    (rewrite("train", lambda table: table.drop(columns="Label")), "lacks the column Label (1)"),
+    (rewrite("train", lambda table: table[["Label"]]), "lacks the columns f0, f1, f2 (3)"),
+    (rewrite("val", lambda table: table.drop(columns="f1")), "lacks the column f1 (1); its columns are Label, f0, f2"),
+    (rewrite("train", cast("f1", str)), "is of type string, expected signed integers"),
+    (rewrite("val", cast("f1", "uint16")), "is of type uint16, expected signed integers"),
+    (rewrite("val", cast("f1", "uint64")), "is of type uint64, expected signed integers"),
+    (rewrite("val", cast("f2", "float64")), "is of type double, expected signed integers"),
     (rewrite("test", lambda table: table.assign(f1=[[1]] * len(table))), "is of type list<"),
     (rewrite("train", cast("Label", str)), "is of type string, expected numbers"),
     (two_columns_of_one_name, "several columns of one name: Label, f0, f1, f1 (4)"),
@@ -234,12 +235,16 @@ NOT_READ = [
     (rewrite("test", set_value("Label", 3, 2.0)), "the labels of the test split go from 0 to 2"),
     (rewrite("train", lambda table: table.assign(Label=np.float32(1))), "all labels of the train split are 1"),
     (rewrite("val", lambda table: table.assign(Label=np.float32(0))), "all labels of the val split are 0; AUC"),
-    (edit_info(lambda info: info["fields"].pop()), "dataset_info.json names the fields f0, f1 (2)"),
-    (edit_info(lambda info: info.pop("fields")), "is not a dataset description"),
-    (edit_info(lambda info: info["fields"][0].update(table_size=float("inf"))), "is not a dataset description"),
+    (edit_info(lambda info: info["fields"].clear()), "dataset_info.json names the fields"),
+    (edit_info(lambda info: info.pop("fields")), "dataset_info.json cannot be used (it lacks fields); convert"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=float("inf"))), "(fields, table_size is inf)"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=2**70)), f"(fields, table_size is {2**70})"),
+    (edit_info(lambda info: info["fields"][0].update(name=5)), "(fields, name is 5)"),
+    (edit_info(lambda info: info["fields"][0].update(name="f1")), "expected names that differ"),
+    (edit_info(lambda info: info.update(format_version=3)), "(format_version is 3)"),
     (edit_info(lambda info: info["num_samples"].update(val=102)), "--num_val_samples is 102, but"),
-    (edit_info(lambda info: info["fields"][0].update(table_size=7.5)), "is not a dataset description"),
-    (edit_info(lambda info: info["fields"][0].update(table_size=3)), "offset 7 of f1, but the tables before it have 3"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=7.5)), "(fields, table_size is 7.5)"),
+    (edit_info(lambda info: info["fields"][0].update(table_size=3)), "f1 the offset 7, but the tables before it have 3"),
     (edit_info(lambda info: info["fields"][2].update(table_size=3)), "field f2 of the train split has ids from 18"),
 ]
 
@@ -253,26 +258,78 @@ def test_data_errors_are_found_before_training(dataset_dir, damage, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--num_val_samples", "5"], "--num_val_samples is 5, but dataset_info.json says 101"),
-    (["--table_size_array", "7,11"], "--table_size_array is 7,11, but dataset_info.json says 7,11,40"),
-    (["--data_dir", "/no/such/folder"], "--data_dir /no/such/folder is not a folder"),
+@pytest.mark.parametrize("counts, table_sizes, message", [
+    ([403, 5, 97], None, "--num_val_samples is 5, but dataset_info.json says 101"),
+    (None, [7, 11], "--table_size_array is 7,11, but dataset_info.json says 7,11,40"),
 ])
-def test_arguments_that_contradict_the_data(dataset_dir, options, message):
-    with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        dataset_of(dataset_dir, *options)
+def test_arguments_that_contradict_the_data(dataset_dir, counts, table_sizes, message):
+    with pytest.raises(UserError, match=message):
+        dataset_of(dataset_dir, counts, table_sizes)
+    with pytest.raises(UserError, match="--data_dir /no/such/folder is not a folder"):
+        dataset_of("/no/such/folder")
+
+
+def test_columns_that_are_no_fields_are_left_alone(dataset_dir):
+    """dataset_info.json says which columns are fields; types that petastorm cannot read, order and splits may differ."""
+    def more_columns(split, position):
+        path = dataset_dir / split / "part-00000.parquet"
+        table = pq.read_table(path)
+        struct = pa.array([{"a": row, "b": -row} for row in range(len(table))])
+        for name, values in (("struct", struct), ("text", pa.array(["x"] * len(table))),
+                             ("__index_level_0__", pa.array(range(len(table))))):
+            table = table.add_column(position, name, values)
+        pq.write_table(table, path, row_group_size=51)
+
+    expected = {name: list(read_rows(dataset_of(dataset_dir), split))
+                for name, split in dataset_of(dataset_dir).splits.items()}
+    more_columns("train", 0)  # statistics of nested columns come before those of the fields
+    more_columns("test", 2)
+    dataset = dataset_of(dataset_dir)
+    assert dataset.fields == ["f0", "f1", "f2"]
+    for name, split in dataset.splits.items():
+        for block, other in zip(read_rows(dataset, split), expected[name]):
+            assert all((array == known).all() for array, known in zip(block, other))
+
+
+@pytest.mark.parametrize("name", ["data[1]", "a?b", "a#b", "a%41", "a*", "tab\tin", "line\nin", "blank in", "日本"])
+def test_paths_are_neither_patterns_nor_urls(tmp_path, name):
+    """Siblings that a pattern or a cut URL would find hold other rows."""
+    for sibling, seed in (("data1", 1), ("a", 2), ("aXb", 3), (name, 0)):
+        make_dataset(tmp_path / sibling, seed=seed)
+    expected = pq.read_table(tmp_path / name / "train")
+    os.rename(tmp_path / name / "train" / "part-00000.parquet", tmp_path / name / "train" / "x.parquet#1.parquet")
+    (tmp_path / name / "train" / "[x]*.txt").write_text("not parquet")
+    dataset = dataset_of(tmp_path / name)
+    rows = [np.concatenate(arrays) for arrays in zip(*read_rows(dataset, dataset.splits["train"]))]
+    assert (rows[0] == np.stack([expected[field].to_numpy() for field in dataset.fields], axis=1)).all()
+    assert (rows[1] == expected["Label"].to_numpy()).all()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path.mkdir(), "is a folder, expected a parquet file; put the files that Spark wrote"),
+    (os.mkfifo, "is not a regular file"),
+])
+def test_folders_and_pipes_called_parquet(dataset_dir, make, message):
+    make(dataset_dir / "val" / "x.parquet")
+    with pytest.raises(UserError, match=message):
+        dataset_of(dataset_dir)
 
 
 def test_without_dataset_info_the_arguments_are_needed(tmp_path):
     make_dataset(tmp_path, info=False)
-    counts = ["--num_train_samples=403", "--num_val_samples=101", "--num_test_samples=97"]
+    counts = [403, 101, 97]
     with pytest.raises(UserError, match="--table_size_array is required"):
-        dataset_of(tmp_path, *counts)
+        dataset_of(tmp_path, counts)
     with pytest.raises(UserError, match="--num_test_samples is required"):
-        dataset_of(tmp_path, *counts[:2], "--table_size_array=7,11,40")
+        dataset_of(tmp_path, counts[:2], [7, 11, 40])
     with pytest.raises(UserError, match=r"--table_size_array has 2 values, expected 3: f0, f1, f2 \(3\)"):
-        dataset_of(tmp_path, *counts, "--table_size_array=7,51")
-    assert dataset_of(tmp_path, *counts, "--table_size_array=7,11,40").table_sizes == TABLE_SIZES
+        dataset_of(tmp_path, counts, [7, 51])
+    assert dataset_of(tmp_path, counts, [7, 11, 40]).table_sizes == TABLE_SIZES
+    path = tmp_path / "test" / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("__index_level_0__", table["f0"]), path)  # pandas' index is never a field
+    with pytest.raises(UserError, match=r"not in both: __index_level_0__ \(1\)"):
+        dataset_of(tmp_path, counts, [7, 11, 40])
 
 
 def test_labels_of_any_kind_of_number(dataset_dir):
@@ -280,7 +337,7 @@ def test_labels_of_any_kind_of_number(dataset_dir):
         rewrite(split, cast("Label", kind))(dataset_dir)
     dataset = dataset_of(dataset_dir)
     for split in dataset.splits.values():
-        labels = np.concatenate([labels for _, labels in trainer_module.read_rows(dataset, split)])
+        labels = np.concatenate([labels for _, labels in read_rows(dataset, split)])
         assert labels.dtype == np.float32 and set(labels) == {0, 1}
 
 
@@ -288,7 +345,7 @@ def test_a_row_without_an_id(dataset_dir):
     rewrite("train", lambda table: table.assign(f1=table.f1.astype("Int32").where(table.index != 5)))(dataset_dir)
     dataset = dataset_of(dataset_dir)
     with pytest.raises(UserError, match="field f1 of the train split has rows without an id"):
-        list(trainer_module.read_rows(dataset, dataset.splits["train"]))
+        list(read_rows(dataset, dataset.splits["train"]))
 
 
 @pytest.mark.parametrize("column, value, message", [
@@ -299,7 +356,7 @@ def test_rows_are_checked_where_files_have_no_statistics(dataset_dir, column, va
     path = dataset_dir / "train" / "part-00000.parquet"
     table = pq.read_table(path).to_pandas()
     table.loc[100, column] = value
-    pq.write_table(trainer_module.pa.Table.from_pandas(table, preserve_index=False), path, write_statistics=False)
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path, write_statistics=False)
     dataset = dataset_of(dataset_dir)
     with pytest.raises(UserError, match=message):
         list(train_batches(dataset, 64, 0, 1, 0, 1))
@@ -365,7 +422,7 @@ def test_a_split_that_lost_rows_while_it_was_read(dataset_dir):
     dataset = dataset_of(dataset_dir)
     dataset.splits["val"].row_groups.append(1)  # as if another row group had been there at the start
     with pytest.raises(UserError, match="fewer rows of the val split"):
-        list(trainer_module.read_rows(dataset, dataset.splits["val"]))
+        list(read_rows(dataset, dataset.splits["val"]))
 
 
 def test_prefetched_keeps_order_and_runs_ahead():

@@ -6,56 +6,21 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oneflow as flow
 import pytest
-from conftest import ROOT, run_trainer
+from conftest import ROOT, ROWS, batch_of, make_trainer, random_batches, run_trainer, values_of
 from reference import Reference, sigmoid
 
 import deepfm_train_eval as trainer_module
-from deepfm_train_eval import (
-    Batch,
-    Trainer,
-    draw_masks,
-    keep_probability,
-    make_stores,
-    parse_args,
-    read_dataset,
-    wait_for_first_process,
-)
+from tools.trainer.batches import draw_masks, keep_probability
+from tools.trainer.checkpoints import prepare_new_run
+from tools.trainer.cpu import BiasCorrection
+from tools.trainer.startup import wait_for_first_process
 
-ROWS, STEPS = 32, 20
-
-
-def make_trainer(data_dir, folder, *options):
-    args = parse_args(["--data_dir", str(data_dir), "--persistent_path", f"{folder}/t", "--persistent_path_fm",
-                       f"{folder}/f", "--device", "cpu", "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size",
-                       str(ROWS), *options])
-    dataset = read_dataset(args)
-    trainer = Trainer(args, dataset, make_stores(args, dataset), "test")
-    rng = np.random.default_rng(5)
-    for table in (trainer.model.embedding, trainer.model.embedding_fm):  # larger than N(0, 1e-4): all terms matter
-        rows = table.weight.detach().to_local().numpy()
-        rows[:-1] = rng.normal(size=rows[:-1].shape) * 0.3
-    return trainer
-
-
-def values_of(model):
-    """{name: array} as `Reference` names them; a copy."""
-    state = {name: value.to_local().numpy().copy() for name, value in model.state_dict().items()}
-    values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
-    return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
-
-
-def random_batches(dataset, count, seed=3, last_rows=ROWS - 9):
-    """(ids, labels) per step; the last one is shorter, so that the graph gets padding rows."""
-    rng = np.random.default_rng(seed)
-    for step in range(count):
-        size = last_rows if step == count - 1 else ROWS
-        ids = np.stack([rng.integers(low, high, size) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
-        yield ids, (rng.random(size) < 0.4).astype(np.float32)
+STEPS = 20
 
 
 VARIANTS = {
@@ -78,7 +43,7 @@ def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant)
     reference = Reference(values_of(trainer.model), args.learning_rate, args.embedding_l2, args.max_grad_norm)
     keep = keep_probability(args.net_dropout)
     for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
-        batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+        batch = batch_of(trainer.dataset, ids, labels)
         masks = draw_masks(args.dnn, ROWS, args.net_dropout, args.seed, step, 0) if args.net_dropout else None
         batch.masks = masks or ()
         loss = float(trainer.train_step(batch).to_local().numpy())
@@ -95,7 +60,7 @@ def test_learning_rate_cut_keeps_the_optimizer_state(shared_dataset_dir, tmp_pat
     for step, (ids, labels) in enumerate(random_batches(trainer.dataset, STEPS)):
         if step == 10:
             trainer.plateau.learning_rate = reference.learning_rate = 2e-4
-        trainer.train_step(Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows))
+        trainer.train_step(batch_of(trainer.dataset, ids, labels))
         reference.train(ids, labels)
     for name, value in values_of(trainer.model).items():
         assert np.abs(value - reference.values[name]).max() < 1e-5, name
@@ -106,7 +71,7 @@ def test_lazy_update_leaves_other_rows_alone(shared_dataset_dir, tmp_path):
     before = values_of(trainer.model)
     ids = np.tile([0, 7, 18], (ROWS, 1))  # the same three rows in every sample
     for _ in range(3):
-        trainer.train_step(Batch([(ids, np.ones(ROWS, np.float32))], ROWS, ROWS, trainer.dataset.num_rows))
+        trainer.train_step(batch_of(trainer.dataset, ids, np.ones(ROWS, np.float32)))
     state = trainer.current_optimizer_state()
     for name in ("embedding", "embedding_fm"):
         moved = (values_of(trainer.model)[name] != before[name]).any(axis=1)
@@ -126,7 +91,8 @@ def test_bias_correction_schedule():
             pass
 
     conf = Conf()
-    trainer_module.BiasCorrection._generate_conf_for_graph(trainer_module.BiasCorrection, conf)
+    schedule = BiasCorrection(flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))]), (0.9, 0.999))
+    schedule._generate_conf_for_graph(conf)
     for t in (1, 2, 100, 9999):
         position = conf.boundaries.index(t - 1)
         assert conf.scales[position] == pytest.approx(np.sqrt(1 - 0.999**t) / (1 - 0.9**t))
@@ -138,7 +104,8 @@ def test_seed_of_the_initial_values(shared_dataset_dir, tmp_path):
     runs = []
     for seed in ("1", "1", "2"):
         trainer = make_trainer(shared_dataset_dir, tmp_path, "--seed", seed)
-        runs.append(values_of(trainer_module.build_model(trainer.args, trainer.dataset, trainer.placement)))
+        tables = trainer_module.make_tables(trainer.args, trainer.dataset.num_ids)
+        runs.append(values_of(trainer_module.build_model(trainer.args, trainer.device, tables, 3)))
     for name, values in runs[0].items():
         assert (values == runs[1][name]).all()
         assert ("bias" in name) == (values == runs[2][name]).all(), name
@@ -159,12 +126,12 @@ def test_masks_of_a_run_are_keyed_by_seed_step_and_process(shared_dataset_dir, t
 def test_val_auc_minus_logloss_decides(shared_dataset_dir, tmp_path, monkeypatch, capsys):
     trainer = make_trainer(shared_dataset_dir, tmp_path, "--model_save_dir", str(tmp_path), "--patience", "1")
     saved, scores = [], iter([(0.70, 0.50), (0.75, 0.60), (0.69, 0.40)])  # the second has more AUC, the third less
-    monkeypatch.setattr(trainer, "save", saved.append)
-    monkeypatch.setattr(trainer, "evaluate", lambda split, epoch, log: next(scores) if split == "val" else (0, 9))
+    checkpointer = SimpleNamespace(save=lambda trainer, names: saved.append(names))
+    monkeypatch.setattr(trainer, "evaluate", lambda split, epoch, log: dict(zip(("auc", "logloss"), next(scores))))
     rates = []
     for step in (13, 26, 39):
         trainer.step, trainer.step_in_epoch = step, 13
-        trainer_module.finish_epoch(trainer, None)
+        trainer_module.finish_epoch(trainer, checkpointer, None)
         rates.append(trainer.plateau.learning_rate)
     assert rates == pytest.approx([1e-3, 1e-4, 1e-4])
     assert saved == [["best_checkpoint", "step_13"], ["step_26"], ["best_checkpoint", "step_39"]]
@@ -249,13 +216,13 @@ def test_polling_thread_gives_way():
     """Only the thread that polls while operators run has a lower priority than the others."""
     code = """
 import os, time
-import deepfm_train_eval as trainer
-trainer.calm_scheduler()
-before = trainer.thread_times()
+from tools.trainer import startup
+startup.calm_scheduler()
+before = startup.thread_times()
 for _ in range(100):
-    trainer.flow.zeros(1)
+    startup.flow.zeros(1)
     time.sleep(0.002)
-worked = {thread: times - before.get(thread, 0) for thread, times in trainer.thread_times().items()}
+worked = {thread: times - before.get(thread, 0) for thread, times in startup.thread_times().items()}
 busiest = max(worked, key=worked.get)
 priorities = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in (*worked, os.getpid())}
 print(priorities.pop(busiest), *priorities.values())
@@ -268,14 +235,14 @@ print(priorities.pop(busiest), *priorities.values())
 def test_learning_rate_cut_and_checkpoint_keep_the_dynamic_loss_scale(shared_dataset_dir, tmp_path, monkeypatch):
     """OneFlow names it after the graph, which is another one after a cut and in another process."""
     class Scaled(trainer_module.TrainGraph):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.set_grad_scaler(flow.amp.GradScaler(2.0**10, growth_factor=2.0, backoff_factor=0.5, growth_interval=3))
 
     monkeypatch.setattr(trainer_module, "TrainGraph", Scaled)
     options = ["--net_dropout", "0", "--max_grad_norm", "1"]
     trainer = make_trainer(shared_dataset_dir, tmp_path, *options)
-    batches = [Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+    batches = [batch_of(trainer.dataset, ids, labels)
                for ids, labels in random_batches(trainer.dataset, 7)]
     for step, batch in enumerate(batches):
         if step == 4:
@@ -283,10 +250,10 @@ def test_learning_rate_cut_and_checkpoint_keep_the_dynamic_loss_scale(shared_dat
         trainer.train_step(batch)
     [scale] = [value for name, value in trainer.current_optimizer_state().items() if name.endswith("-LossScale")]
     assert scale.to_local().numpy() == 2.0**12  # doubled twice, once in each graph
-    for store in trainer.stores.values():
-        Path(store.path).mkdir()
-    trainer.save(["checkpoint"])
-    resumed = Trainer(trainer.args, trainer.dataset, trainer.stores, "test", f"{trainer.save_dir}/checkpoint")
+    prepare_new_run(trainer.checkpointer.save_dir, trainer.checkpointer.stores)
+    trainer.checkpointer.save(trainer, ["checkpoint"])
+    folder = f"{trainer.checkpointer.save_dir}/checkpoint"
+    resumed, _ = trainer_module.start_trainer(trainer.args, trainer.dataset, folder)
     resumed.train_step(batches[0])
     [scale] = [value for name, value in resumed.current_optimizer_state().items() if name.endswith("-LossScale")]
     assert scale.to_local().numpy() == 2.0**12

@@ -1,0 +1,407 @@
+"""Checkpoints: save, load, resume, prune. Knows files and names, never the model.
+
+A checkpoint is a folder in --model_save_dir: state.json (what the model is, where the run was, which table snapshots
+belong to it, checksums) and dense.npz (all tensors but the tables', Adam's moments among them). Rows of the tables lie
+in snapshots under the persistent paths. Everything gets its name by a rename when all of it is on disk.
+
+Order of a save, in which every process takes part in every step:
+  1. each writes its rows of every table; the first one makes them a snapshot when all have written
+  2. each writes the checksums of its own folders; rows and checksums are summed over the processes
+  3. all bring the dense tensors together; the first one writes the checkpoint and gives it its names
+  4. when all have read which checkpoints there are, the first one removes old ones; when all have seen which snapshots
+     there are, each removes from its own folders what no checkpoint needs
+Order of a load: each checks its share of the snapshot's files, all agree that they are whole; on CUDA the first one
+writes the rows to where OneEmbedding looks for them, before the tables are built; then each loads its own rows.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import uuid
+import zlib
+
+import numpy as np
+
+from tools.trainer.cli import UserError, brief, first_line
+from tools.trainer.files import checksum, count, list_folder, read_json, rename_for_good, sync, write_json
+from tools.trainer.processes import all_agree, barrier, on_rank0, print_rank0, rank, sum_over_processes, world_size
+
+FORMAT = 2  # 1 has dense/ as flow.save writes it, and no checksums
+PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
+STAGING, NEW, OLD = ".deepfm-staging", ".deepfm-new-", ".deepfm-old-"  # names of what is not finished
+USE_ANOTHER = "use another checkpoint"
+
+
+def finite(value):
+    """A schema: a number that is not NaN or infinite."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def snapshot_name(value):
+    """A schema: a name that does not lead out of its folder."""
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value) is not None
+
+
+BEST = {"epoch": count, "step": count, "auc": finite, "logloss": finite}
+TABLE = {"path": str, "snapshot": snapshot_name, "processes": lambda n: count(n) and 0 < n < 10**6,
+         "rows": (count, None), "checksum?": (count, None)}
+STATE = {
+    "format_version": lambda version: version in (1, FORMAT), "digest?": str,
+    "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0]},
+    "run": {"run_id": str, "processes": count, "batch_size": count},
+    "progress": {"step": count, "epoch": count, "step_in_epoch": count, "best": (BEST, None)},
+    "plateau": {"learning_rate": finite, "best": (finite, None), "epochs_to_cut": count, "epochs_to_stop": count,
+                "stopped": bool},
+    "tables": {"*": TABLE}, "files?": {"*": {"bytes": count, "crc32": count}},
+}
+RUN = {"run_id": snapshot_name, "model_load_dir": (str, None), "saved?": bool}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_folder(folder):
+    """The folder of a checkpoint, or what it was called when a kill interrupted its replacement."""
+    parent, name = os.path.split(os.path.normpath(folder))
+    replaced = os.path.join(parent, OLD + name)
+    return replaced if not os.path.exists(folder) and os.path.exists(replaced) else folder
+
+
+def read_checkpoint(folder):
+    """state.json of a complete checkpoint.
+
+    Raises: UserError when the folder is no checkpoint, an incomplete or changed one, or of another format.
+    """
+    if not os.path.isdir(find_folder(folder)):
+        raise UserError(f"there is no checkpoint folder {folder}")
+    path = os.path.join(find_folder(folder), "state.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} is not a complete checkpoint (it has no state.json); {USE_ANOTHER}")
+    state = read_json(path, STATE, USE_ANOTHER)
+    if state["format_version"] >= 2 and state.get("digest") != digest(state):
+        raise UserError(f"{path} was changed or damaged since it was written; {USE_ANOTHER}")
+    return state
+
+
+def digest(state):
+    """CRC-32 of a state without its digest."""
+    rest = {key: value for key, value in state.items() if key != "digest"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def find_checkpoints(folder):
+    """{name: state} of the complete checkpoints in a --model_save_dir, oldest step first."""
+    found = {}
+    for name in list_folder(folder):
+        if not name.startswith(".") and os.path.exists(os.path.join(folder, name, "state.json")):
+            found[name] = read_checkpoint(os.path.join(folder, name))
+    return dict(sorted(found.items(), key=lambda item: (item[1]["progress"]["step"], item[0])))
+
+
+def read_dense(folder, state, checksums=True):
+    """{name: array} of a checkpoint's dense tensors.
+
+    Raises: UserError when they are missing or damaged.
+    """
+    folder = find_folder(folder)
+    if state["format_version"] == 1:
+        return read_flow_save(os.path.join(folder, "dense"))
+    path = os.path.join(folder, "dense.npz")
+    expected = state.get("files", {}).get("dense.npz")
+    try:
+        if checksums and expected:
+            found = {"bytes": os.path.getsize(path), "crc32": checksum(path)}
+            if found != expected:
+                raise ValueError("it was changed or damaged since it was written")
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # zip, zlib and numpy have a dozen kinds for a damaged file
+        raise UserError(f"{path} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
+
+
+class SavedTensor:
+    """Stands for a tensor in a file of flow.save; `path` is its folder."""
+
+    def __setstate__(self, state):
+        self.path = state["path"]
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Reads pickles of flow.save. Everything but a tensor is refused: it could run any command."""
+
+    def find_class(self, module, name):
+        if (module, name) != ("oneflow", "Tensor"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return SavedTensor
+
+
+def read_flow_save(folder):
+    """{name: array} of a folder that flow.save made of a dict of tensors."""
+    kinds = {"kFloat": np.float32, "kDouble": np.float64, "kInt64": np.int64, "kInt32": np.int32}
+    try:
+        with open(os.path.join(folder, "pickled_data"), "rb") as file:
+            tensors = TensorsOnly(file).load()["data"]
+        arrays = {}
+        for name, tensor in tensors.items():
+            if not re.fullmatch(r"\w+", tensor.path):
+                raise ValueError(f"a tensor lies in {tensor.path!r}")
+            with open(os.path.join(folder, tensor.path, "meta")) as file:
+                meta = file.read()
+            shape = [int(number) for number in re.findall(r"dim: (\d+)", meta)]
+            kind = kinds[re.search(r"data_type: (\w+)", meta).group(1)]
+            arrays[name] = np.fromfile(os.path.join(folder, tensor.path, "out"), kind).reshape(shape)
+        return arrays
+    except Exception as error:  # a pickle fails in any way
+        raise UserError(f"{folder} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
+
+
+# ------------------------------------------------------------------------------------------- names of complete folders
+
+
+def publish(staging, names, folder):
+    """Make a written checkpoint visible under each name; a name that exists is replaced, and never half."""
+    for name in names:
+        final, old, copy = (os.path.join(folder, prefix + name) for prefix in ("", OLD, NEW))
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(staging, copy)
+        sync(copy)
+        if os.path.exists(final):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        rename_for_good(copy, final)
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(staging)
+
+
+def remove_checkpoint(folder, name):
+    """Delete a checkpoint; a kill leaves it whole or under a name that `clean_save_dir` deletes."""
+    doomed = os.path.join(folder, f"{STAGING}-{name}")
+    os.rename(os.path.join(folder, name), doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_save_dir(folder):
+    """Undo what a kill interrupted: put a replaced checkpoint back if its successor is missing, drop unfinished."""
+    for name in list_folder(folder):
+        path, replaced = os.path.join(folder, name), os.path.join(folder, name[len(OLD):])
+        if name.startswith(OLD) and not os.path.exists(replaced):
+            os.rename(path, replaced)
+        elif name.startswith((OLD, NEW, STAGING)):
+            shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------------------------ save and load
+
+
+class Checkpointer:
+    """Saves and loads what a trainer hands over; all processes call its methods together.
+
+    The trainer offers: step; state(): parts of state.json; dense_tensors(): {name: array}; save_rows(store, snapshot);
+    load_dense({name: array}, folder, to_train); load_rows(store, saved, to_train), saved being a table's entry.
+    stores: the tables; run_id: prefix of the run's snapshots; keep: number of periodic checkpoints;
+    appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading.
+    """
+
+    def __init__(self, save_dir, stores, run_id=None, keep=2, appends=False, checksums=True):
+        self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
+        self.keep, self.appends, self.checksums = keep, appends, checksums
+
+    def save(self, trainer, names):
+        """Save the state as one snapshot of each table and one checkpoint folder per name."""
+        snapshot = f"{self.run_id}-step_{trainer.step}"
+        for store in self.stores:
+            if snapshot not in store.snapshots():  # else saved at this step already: replacing it could leave it half
+                trainer.save_rows(store, snapshot)
+        barrier()  # every process has saved
+        tables = {store.name: self.describe(store, snapshot) for store in self.stores}
+        dense = trainer.dense_tensors()
+        try:
+            on_rank0(self.write, names, {**trainer.state(), "tables": tables}, dense)
+        except OSError as error:
+            raise UserError(f"cannot write a checkpoint to {self.save_dir} ({reason_of(error)}); the earlier ones are "
+                            "whole: mend that and continue with --resume") from None
+        self.prune()
+
+    def describe(self, store, snapshot):
+        """A table's entry in state.json."""
+        value = all_agree(store.write_checksums, snapshot)
+        rows, _ = all_agree(store.check_snapshot, snapshot, world_size(), False)
+        return {"path": os.path.abspath(store.path), "snapshot": snapshot, "processes": world_size(),
+                "rows": int(sum_over_processes(rows)), "checksum": int(sum_over_processes(value))}
+
+    def write(self, names, state, dense):
+        staging = os.path.join(self.save_dir, STAGING)
+        shutil.rmtree(staging, ignore_errors=True)
+        os.makedirs(staging)
+        path = os.path.join(staging, "dense.npz")
+        np.savez(path, **dense)
+        files = {"dense.npz": {"bytes": os.path.getsize(path), "crc32": checksum(path)}}
+        run = {"run_id": self.run_id, "processes": world_size(), **state["run"]}
+        state = {"format_version": FORMAT, **state, "run": run, "files": files}
+        write_json(os.path.join(staging, "state.json"), {**state, "digest": digest(state)})
+        publish(staging, names, self.save_dir)
+        mark_saved(self.save_dir)
+
+    def prune(self):
+        """Drop old periodic checkpoints, then this run's snapshots that no checkpoint needs."""
+        checkpoints = find_checkpoints(self.save_dir)
+        periodic = [name for name in checkpoints if PERIODIC.match(name)]
+        old = periodic[:-self.keep]
+        barrier()  # every process has read the folder
+        if rank() == 0:
+            for name in old:
+                remove_checkpoint(self.save_dir, name)
+        needed = {table["snapshot"] for name, state in checkpoints.items() if name not in old
+                  for table in state["tables"].values()}
+        for store in self.stores:
+            own = {name for name in store.snapshots() if name.startswith(self.run_id + "-")}
+            barrier()  # every process has seen the same snapshots
+            store.prune(own - needed, keep_last_chunk=self.appends)
+        barrier()
+
+    def prepare(self, folder, copy_rows):
+        """Check the snapshots of a checkpoint; copy_rows: where OneEmbedding will look for them (CUDA)."""
+        state = read_checkpoint(folder)
+        for store in self.stores:
+            saved = state["tables"][store.name]
+            source = self.holder(store, saved)
+            if source is not store:
+                print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
+            self.check_rows(source, saved)
+            here = os.path.join(store.folder(rank(), world_size()), "snapshots")
+            if copy_rows and saved["snapshot"] not in list_folder(here):
+                blocks = source.read_snapshot(saved["snapshot"], saved["processes"]) if rank() == 0 else ()
+                store.write_snapshot(saved["snapshot"], blocks)
+
+    def check_rows(self, source, saved):
+        """Raise a UserError unless a snapshot is whole and the one that the checkpoint names."""
+        rows, value = all_agree(source.check_snapshot, saved["snapshot"], saved["processes"], self.checksums)
+        rows, known = int(sum_over_processes(rows)), sum_over_processes(value is None) == 0
+        value = int(sum_over_processes(value or 0))
+        if saved["rows"] is not None and rows != saved["rows"]:
+            raise UserError(f"the table snapshot {saved['snapshot']} in {source.path} has {rows} rows, the checkpoint "
+                            f"says {saved['rows']}; {USE_ANOTHER}")
+        if self.checksums and saved.get("checksum") is not None and not (known and value == saved["checksum"]):
+            raise UserError(f"the table snapshot {saved['snapshot']} in {source.path} is not the one that was saved "
+                            f"with the checkpoint; {USE_ANOTHER}")
+
+    def holder(self, store, saved):
+        """The store that holds a checkpoint's snapshot: this run's, or the one that it was saved to."""
+        return store if saved["snapshot"] in store.snapshots() else store.at(saved["path"])
+
+    def load(self, trainer, folder, to_train=True):
+        """Hand a checkpoint's tensors and rows to the trainer, after `prepare`, Adam's moments only to train."""
+        state = read_checkpoint(folder)
+        trainer.load_dense(read_dense(folder, state, self.checksums), folder, to_train)
+        for store in self.stores:
+            saved = state["tables"][store.name]
+            trainer.load_rows(self.holder(store, saved), saved, to_train)
+        trainer.step = state["progress"]["step"]
+        barrier()
+
+
+def reason_of(error):
+    """What the system says of a failed write; shutil.copytree gives a list of (source, target, reason)."""
+    if error.errno:
+        return os.strerror(error.errno)
+    failures = error.args[0] if error.args else ""
+    return brief(failures[0][2] if isinstance(failures, list) and failures else failures, 200)
+
+
+# ------------------------------------------------------------------------------------------------- folders of a run
+
+
+def run_file(save_dir):
+    return os.path.join(save_dir, "run.json")
+
+
+def read_run(save_dir):
+    """{"run_id": prefix of the run's snapshots, "model_load_dir": checkpoint that it started from, or None}"""
+    return read_json(run_file(save_dir), RUN, f"--model_save_dir {save_dir} cannot be continued: begin a new run, with "
+                     "--model_load_dir to start from one of its checkpoints")
+
+
+def mark_saved(save_dir):
+    """Note that the run has a checkpoint: if none is found later, somebody moved it."""
+    run = read_run(save_dir)
+    if not run.get("saved"):
+        write_json(run_file(save_dir), {**run, "saved": True})
+
+
+def prepare_new_run(save_dir, stores, load_dir=None, overwrite=False):
+    """Make sure that nothing of another run is overwritten or mixed in, and mark the folder as this run's.
+
+    Runs on the first process. Raises: UserError when the folders hold another run's rows or checkpoints.
+    """
+    if overwrite:
+        if load_dir:
+            keep_loaded_model(save_dir, stores, load_dir)
+        for store in stores:
+            store.remove_all()
+        for name in find_checkpoints(save_dir):
+            remove_checkpoint(save_dir, name)
+    elif find_checkpoints(save_dir):
+        raise UserError(f"{save_dir} holds checkpoints of another run; continue it with --model_save_dir {save_dir} "
+                        "--resume, give another folder, or delete it with --overwrite_tables")
+    for store in stores:
+        if store.has_rows() and not load_dir:
+            raise UserError(f"--{store.option} {store.path} already holds rows of another run; continue it with "
+                            "--resume, start from a checkpoint with --model_load_dir, give another path, or delete the "
+                            "rows with --overwrite_tables")
+        os.makedirs(store.path, exist_ok=True)
+        store.remove_scratch()
+    os.makedirs(save_dir, exist_ok=True)
+    clean_save_dir(save_dir)
+    start = load_dir and os.path.abspath(load_dir)
+    write_json(run_file(save_dir), {"run_id": uuid.uuid4().hex[:8], "model_load_dir": start, "saved": False})
+
+
+def keep_loaded_model(save_dir, stores, load_dir):
+    """Raise a UserError when --overwrite_tables would delete what --model_load_dir needs."""
+    needed = {table["snapshot"] for table in read_checkpoint(load_dir)["tables"].values()}
+    if any(needed & store.snapshots() for store in stores):
+        raise UserError(f"--overwrite_tables would delete the tables of --model_load_dir {load_dir}; "
+                        "give another --persistent_path and --persistent_path_fm")
+    if os.path.realpath(save_dir) == os.path.dirname(os.path.realpath(load_dir)):
+        raise UserError(f"--overwrite_tables would delete --model_load_dir {load_dir}; give another --model_save_dir")
+
+
+def prepare_resume(save_dir, stores):
+    """Undo half-done work of a killed run. Runs on the first process.
+
+    Raises: UserError when the folder is not that of a run, its checkpoints are gone, or the tables belong to another.
+    """
+    if not os.path.exists(run_file(save_dir)):
+        raise UserError(f"--resume: {save_dir} is not the folder of a run; start without --resume")
+    clean_save_dir(save_dir)
+    run = read_run(save_dir)
+    found = find_checkpoints(save_dir)
+    has_rows = any(name.startswith(run["run_id"] + "-") for store in stores for name in store.snapshots())
+    if run.get("saved", has_rows) and not found:
+        raise UserError(f"--resume: {save_dir} had checkpoints, but they are gone; put them back, or begin a new run "
+                        "with --model_load_dir. The tables' rows were left as they are")
+    for store in stores:
+        store.remove_scratch()
+        foreign = [name for name in store.snapshots() if not name.startswith(run["run_id"] + "-")]
+        if not found and not foreign:
+            store.remove_all()  # killed before its first checkpoint: start again
+        os.makedirs(store.path, exist_ok=True)
+
+
+def check_same_run(state, name, options, train_rows, data_dir):
+    """Raise a UserError where a resumed run would differ from the one that a checkpoint's state is of.
+
+    options: {name: value} of this start. The learning rate, cut or not, and the position in the epoch come from the
+    checkpoint.
+    """
+    run = state["run"]
+    for option in set(options) & set(run):  # checkpoints of earlier versions have fewer
+        if run[option] != options[option]:
+            raise UserError(f"--resume: {name} was trained with --{option} {run[option]}, now it is {options[option]}; "
+                            "use the same value, or begin a run with --model_load_dir")
+    if run.get("train_rows", train_rows) != train_rows:
+        raise UserError(f"--resume: {name} was trained on {run['train_rows']} rows, now --data_dir {data_dir} has "
+                        f"{train_rows}; use the same data")
+

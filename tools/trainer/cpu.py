@@ -1,0 +1,157 @@
+"""What OneFlow does not do, or not fast enough, on a CPU: rows of an embedding table in host memory, and arithmetic.
+
+Each function says the plain formula that it stands for. The gains are of one training step of the launcher's recipe,
+measured as tools/BENCHMARKS.md says.
+"""
+
+import math
+
+import numpy as np
+
+from tools.trainer.cli import UserError
+from tools.trainer.processes import rank, world_size
+from tools.trainer.startup import flow
+
+INIT_STD = 1e-4  # standard deviation of new embedding rows
+MASK_SHRINK = 2.0**-40
+CHUNK_ROWS = 1 << 18  # rows that are initialised, saved or loaded at a time
+
+
+# --------------------------------------------------------------------------------------------------------- table rows
+
+
+def local_range(num_rows):
+    """[start, end) of the rows that OneFlow's split(0) puts on this process."""
+    share, rest = divmod(num_rows, world_size())
+    start = rank() * share + min(rank(), rest)
+    return start, start + share + (rank() < rest)
+
+
+def initial_rows(start, end, dim, seed, table):
+    """Rows [start, end) of a new table, float32 (end - start, D), N(0, 1e-4); the same on any number of processes."""
+    rows = np.empty((end - start, dim), np.float32)
+    for chunk in range(start // CHUNK_ROWS, -(-end // CHUNK_ROWS)):
+        rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, table, chunk))))
+        values = rng.standard_normal((CHUNK_ROWS, dim), np.float32) * np.float32(INIT_STD)
+        first, last = max(start, chunk * CHUNK_ROWS), min(end, (chunk + 1) * CHUNK_ROWS)
+        rows[first - start:last - start] = values[first - chunk * CHUNK_ROWS:last - chunk * CHUNK_ROWS]
+    return rows
+
+
+def new_table(num_ids, dim, placement, seed, table):
+    """A table as a global tensor (num_ids + 1, D) split over the processes; the last row, for padding, is 0."""
+    start, end = local_range(num_ids + 1)
+    rows = initial_rows(start, end, dim, seed, table)
+    if end == num_ids + 1 and end > start:
+        rows[-1] = 0
+    return flow.from_numpy(rows).to_global(placement, flow.sbp.split(0))
+
+
+def look_up(table, ids):
+    """table[ids]: int64 (B, F) -> float (B, F, D), samples split over the processes.
+
+    Every process looks up its own rows of the table for the whole batch; the partial sums are then dealt out.
+    """
+    embeddings = flow._C.gather(table, ids.to_global(sbp=flow.sbp.broadcast), axis=0)
+    return embeddings.to_global(sbp=flow.sbp.split(0))
+
+
+def blocks_of_rows(arrays, num_ids):
+    """Yield (ids, rows [value | m | v]) of this process's share of a table, a chunk at a time.
+
+    arrays: value, m, v of this process, float32 (n, D); None stands for zeros.
+    """
+    start, end = local_range(num_ids + 1)
+    end = min(end, num_ids)  # without the padding row
+    for first in range(start, end, CHUNK_ROWS):
+        part = slice(first - start, min(first + CHUNK_ROWS, end) - start)
+        parts = [array[part] if array is not None else np.zeros_like(arrays[0][part]) for array in arrays]
+        yield np.arange(first, first + len(parts[0])), np.concatenate(parts, axis=1)
+
+
+def fill_rows(arrays, num_ids, blocks):
+    """Put this process's share of (ids, rows [value | m | v]) into arrays (value, or value, m, v), float32 (n, D).
+
+    Raises: UserError when an id comes twice.
+    """
+    start, end = local_range(num_ids + 1)
+    dim, seen, count = arrays[0].shape[1], np.zeros(end - start, bool), 0
+    for ids, rows in blocks:
+        mine = (ids >= start) & (ids < end)
+        places = ids[mine] - start
+        seen[places] = True
+        count += len(places)
+        for i, array in enumerate(arrays):
+            array[places] = rows[mine, i * dim:(i + 1) * dim]
+    if count > np.count_nonzero(seen):
+        raise UserError("the table snapshot has an id twice; use another checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def sum_over_fields(x, dim):
+    """x.reshape(B, F, D).sum(dim=1): (B, F*D) -> (B, D)
+
+    As a product with F identity matrices, because OneFlow's sums and their gradients are slow on CPU.
+    """
+    identities = flow.cat([flow.eye(dim, placement=x.placement, sbp=flow.sbp.broadcast)] * (x.shape[1] // dim))
+    return flow._C.matmul(x, identities)
+
+
+def repeat_rows(vector, x):
+    """vector.expand(B, H): (H,) -> (B, H) for x (B, H)
+
+    As a lookup of row 0 for every sample: the gradient of a lookup is a segment sum, which OneFlow computes faster than
+    the sum over rows that is the gradient of a broadcast.
+    """
+    rows = flow._C.global_constant((x.shape[0],), 0, dtype=flow.int64, placement=x.placement, sbp=[flow.sbp.split(0)])
+    return flow._C.gather(vector.reshape(1, -1), rows, axis=0)
+
+
+def masked_relu(x, offset, mask):
+    """relu(x + offset) * (1 + mask), all shrunk by MASK_SHRINK: x (B, H) and offset come shrunk, mask is 0 or -1.
+
+    On top of numbers shrunk by a power of two, which is exact, -1 leaves a unit below 0 whatever it was: two passes
+    over memory less than a product with a mask, forward and backward. The next product multiplies by 1 / MASK_SHRINK.
+    """
+    return flow.relu(x + (mask.to(x.dtype) + offset))
+
+
+def sum_of_squares(x):
+    """(x * x).sum(): (N, D) -> ()
+
+    As the trace of x^T x, which is only D x D: x * x, its sum and their gradients take more passes over a table.
+    """
+    gram = flow._C.matmul(x, x, transpose_a=True)
+    return (gram * flow.eye(x.shape[1], placement=x.placement, sbp=flow.sbp.broadcast)).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------- Adam
+
+
+class BiasCorrection(flow.optim.lr_scheduler._LRScheduler):
+    """Adam's bias correction as a learning-rate schedule, for the lazy update of the tables on CPU.
+
+    OneFlow's graph pass for sparse gradients (indexed_slices_optimizer_rewrite_pass.cpp) drops the correction. Step t
+    has the factor sqrt(1 - b2^t) / (1 - b1^t), which is 1 to float accuracy after 10,000 steps. Adam's epsilon is then
+    added to an uncorrected sqrt(v); the difference is below 1 % for gradients above 1e-5.
+    """
+
+    STEPS = 10000
+
+    def __init__(self, optimizer, betas):
+        self.betas = betas
+        super().__init__(optimizer)
+
+    def get_lr(self, base_lr, step):
+        return base_lr  # only the graph's schedule is used
+
+    def _generate_conf_for_graph(self, lr_conf):
+        lr_conf.piecewise_scaling_conf.SetInParent()
+        conf = lr_conf.piecewise_scaling_conf
+        beta1, beta2 = self.betas
+        for t in range(1, self.STEPS + 1):
+            conf.scales.append(math.sqrt(1 - beta2**t) / (1 - beta1**t))
+            conf.boundaries.append(t - 1)  # last step, from 0, that has the scale
+        conf.scales.append(1.0)

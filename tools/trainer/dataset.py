@@ -1,0 +1,261 @@
+"""What is in a dataset folder: parquet files of the splits, dataset_info.json, fields, tables; checked before training.
+
+    DATA_DIR/dataset_info.json            fields, table sizes, numbers of rows
+    DATA_DIR/{train,val,test}/*.parquet   a Label column and integer columns of global ids, one per field
+
+A global id is the id within the field's table plus the sizes of the tables before it. Without dataset_info.json every
+column but Label is a field.
+"""
+
+import keyword
+import os
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.filesystem import FileSystem
+
+from tools.trainer.cli import UserError, brief, first_line, shorten
+from tools.trainer.files import count, list_folder, read_json
+
+LABEL = "Label"
+SPLITS = ("train", "val", "test")
+
+
+def size(value):
+    """A schema: a number of rows that can be meant."""
+    return count(value) and 0 < value <= 2**40
+
+
+INFO_SCHEMA = {  # of dataset_info.json; format 2 also says how raw values become ids
+    "format_version?": lambda version: version in (1, 2), "num_samples": dict.fromkeys(SPLITS, size),
+    "fields": [{"name": str, "table_size": size, "offset": count}]}
+
+
+class QuotedPaths(FileSystem):
+    """The local file system for petastorm, which takes a path for a URL and does not unquote it."""
+
+    pathsep = "/"
+
+    def open(self, path, mode="rb"):
+        return open(unquote(path), mode)  # noqa: SIM115 - petastorm closes it
+
+    def exists(self, path):
+        return os.path.exists(unquote(path))
+
+    def isfile(self, path):
+        return os.path.isfile(unquote(path))
+
+    def isdir(self, path):
+        return os.path.isdir(unquote(path))
+
+
+class Split:
+    """The parquet files of one split: where they are, how many rows every row group has, which columns.
+
+    Attributes: name, labelled (whether the labels are read), files (sorted), metadata (one per file), row_groups (row
+    counts, in reading order), num_rows, schemas (one per file), columns (names in file order).
+    """
+
+    def __init__(self, folder, name, labelled=True):
+        self.name, self.labelled = name, labelled
+        self.files = parquet_files(folder)
+        self.metadata = [read_metadata(path) for path in self.files]
+        self.row_groups = [m.row_group(i).num_rows for m in self.metadata for i in range(m.num_row_groups)]
+        self.num_rows = sum(self.row_groups)
+        if self.num_rows == 0:
+            raise UserError(f"the {name} split in {folder} has no rows; convert the data again")
+        self.schemas = [m.schema.to_arrow_schema() for m in self.metadata]
+        self.columns = self.schemas[0].names
+        if len(set(self.columns)) < len(self.columns):
+            raise UserError(f"{self.files[0]} has several columns of one name: {shorten(self.columns)}")
+        for path, schema in zip(self.files, self.schemas):
+            if schema.names != self.columns:
+                raise UserError(f"{path} has columns {shorten(schema.names)}, but {self.files[0]} has "
+                                f"{shorten(self.columns)}; convert the data again")
+
+    def urls(self):
+        """The files for petastorm, to be opened with `QuotedPaths`."""
+        return ["file://" + quote(os.path.abspath(path)) for path in self.files]
+
+    def column_range(self, column):
+        """(min, max) of a column from the files' statistics; None where a file has none."""
+        low, high = [], []
+        for metadata in self.metadata:
+            # leaves of nested columns are counted too, so a position in the schema would not do
+            paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+            index = paths.index(column)
+            for i in range(metadata.num_row_groups):
+                statistics = metadata.row_group(i).column(index).statistics
+                if statistics is None or not statistics.has_min_max:
+                    return None
+                low.append(statistics.min)
+                high.append(statistics.max)
+        return min(low), max(high)
+
+
+def parquet_files(folder):
+    """Paths of the *.parquet files in a folder, in order of their names.
+
+    Raises: UserError when there is none, or one of that name is no file.
+    """
+    names = [name for name in sorted(list_folder(folder)) if name.endswith(".parquet") and name[0] not in "._"]
+    paths = [os.path.join(folder, name) for name in names]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'not a regular file'}, expected a "
+                            f"parquet file; put the files that Spark wrote into such a folder directly into {folder}")
+    if not names:
+        raise UserError(f"no *.parquet files in {folder}; run tools/criteo_parquet.py or tools/h5_to_parquet.py, "
+                        "or check --data_dir")
+    return paths
+
+
+def read_metadata(path):
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)}); "
+                        "it may be truncated: convert or copy it again") from None
+
+
+class Dataset:
+    """Splits with the same fields.
+
+    Attributes: splits {name: Split}, fields (names, which are also the columns of ids), table_sizes (rows per field),
+    offsets int64 (F+1): field f owns the ids [offsets[f], offsets[f + 1]).
+    """
+
+    def __init__(self, splits, fields, table_sizes):
+        self.splits = splits
+        self.fields = fields
+        self.table_sizes = table_sizes
+        self.offsets = np.concatenate([[0], np.cumsum(table_sizes)]).astype(np.int64)
+
+    @property
+    def num_ids(self):
+        """Rows of all tables together; also the id of the padding row behind them."""
+        return int(self.offsets[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_dataset(data_dir, table_sizes=None, num_samples=None):
+    """Find the splits and check them against what the user and dataset_info.json say.
+
+    Args: table_sizes: rows of every field's table; num_samples {split: rows}: None for what dataset_info.json says.
+    Raises: UserError with one line for what cannot be trained on.
+    """
+    if not os.path.isdir(data_dir):
+        raise UserError(f"--data_dir {data_dir} is not a folder; it should hold train/, val/ and test/")
+    info = read_dataset_info(data_dir)
+    splits = {name: Split(os.path.join(data_dir, name), name) for name in SPLITS}
+    fields = find_fields(info, splits, data_dir)
+    table_sizes = agreed(table_sizes, info.get("table_sizes"), "--table_size_array")
+    if len(table_sizes) != len(fields):
+        raise UserError(f"--table_size_array has {len(table_sizes)} values, expected {len(fields)}: {shorten(fields)}")
+    for name, split in splits.items():
+        option = f"--num_{name}_samples"
+        expected = agreed((num_samples or {}).get(name), info.get("num_samples", {}).get(name), option)
+        if expected != split.num_rows:
+            raise UserError(f"{option} is {expected}, but the files in {data_dir}/{name} have {split.num_rows} rows; "
+                            "correct the number or check --data_dir")
+    dataset = Dataset(splits, fields, table_sizes)
+    for split in splits.values():
+        check_columns(dataset, split)
+    return dataset
+
+
+def read_dataset_info(data_dir):
+    """{"fields": names, "table_sizes", "num_samples": {split: rows}} of dataset_info.json; {} where there is none.
+
+    Raises: UserError when the file is not what a converter writes.
+    """
+    path, advice = os.path.join(data_dir, "dataset_info.json"), "convert the data again"
+    if not os.path.exists(path):
+        return {}
+    info = read_json(path, INFO_SCHEMA, advice)
+    names, sizes = ([field[key] for field in info["fields"]] for key in ("name", "table_size"))
+    for field, offset in zip(info["fields"], np.cumsum([0, *sizes]).tolist()):
+        if field["offset"] != offset:
+            raise UserError(f"{path} gives {field['name']} the offset {field['offset']}, but the tables before it have "
+                            f"{offset} rows; {advice}")
+    if not names or len(set(names)) < len(names) or LABEL in names:
+        raise UserError(f"{path} names the fields {shorten(names)}, expected names that differ, none of them {LABEL}; "
+                        f"{advice}")
+    return {"fields": names, "table_sizes": sizes, "num_samples": info["num_samples"]}
+
+
+def find_fields(info, splits, data_dir):
+    """Names of the fields, which every split must have beside the label."""
+    columns = splits["train"].columns
+    fields = info.get("fields") or [name for name in columns if name != LABEL and not name.startswith("__index_level_")]
+    for split in splits.values():
+        missing = [name for name in (LABEL, *fields) if name not in split.columns]
+        if missing:
+            raise UserError(f"{split.files[0]} lacks the column{'s' * (len(missing) > 1)} {shorten(missing)}; its "
+                            f"columns are {shorten(split.columns)}")
+        if not info and set(split.columns) != set(columns):
+            raise UserError(f"the {split.name} split has columns {shorten(split.columns)}, but train has "
+                            f"{shorten(columns)}; not in both: {shorten(sorted(set(columns) ^ set(split.columns)))}")
+    if not fields:
+        raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
+    unusable = [name for name in fields if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    if unusable:
+        raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
+                        "letters, digits, underscores; no digit or underscore first, no Python keyword")
+    return fields
+
+
+def agreed(argument, from_info, name):
+    """The value of an option that dataset_info.json may give too. Raises: UserError when neither or both differ."""
+    if argument is None and from_info is None:
+        raise UserError(f"{name} is required, because there is no dataset_info.json in --data_dir")
+    if argument is not None and from_info is not None and argument != from_info:
+        raise UserError(f"{name} is {brief(argument)}, but dataset_info.json says {brief(from_info)}; "
+                        "leave the argument out or check --data_dir")
+    return from_info if argument is None else argument
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_columns(dataset, split):
+    """Check ids and labels by the files' types and statistics, before rows are read, which are checked once more."""
+    for path, schema in zip(split.files, split.schemas):
+        for name in dataset.fields + ([LABEL] if split.labelled else []):
+            kind = schema.field(name).type
+            is_id = pa.types.is_signed_integer(kind) or pa.types.is_uint8(kind)  # petastorm drops the other unsigned
+            if not (is_id or name == LABEL and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))):
+                raise UserError(f"column {name} of {path} is of type {kind}, expected "
+                                f"{'numbers' if name == LABEL else 'signed integers'}; convert the data again")
+    for f, field in enumerate(dataset.fields):
+        bounds = split.column_range(field)
+        if bounds:
+            check_ids(dataset, split, f, *bounds)
+    bounds = split.column_range(LABEL) if split.labelled else None
+    if bounds and not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise UserError(f"the labels of the {split.name} split go from {bounds[0] + 0:g} to {bounds[1]:g}, "
+                        "expected only 0 and 1; convert the data again")
+    if bounds and bounds[0] == bounds[1]:
+        raise UserError(f"all labels of the {split.name} split are {bounds[1]:g}; AUC needs both 0 and 1")
+
+
+def check_ids(dataset, split, f, low, high):
+    """Raise a UserError unless low and high, the extremes of field number f, are ids of that field."""
+    if low >= dataset.offsets[f] and high < dataset.offsets[f + 1]:
+        return
+    if np.isnan(low):  # a missing id is read as NaN
+        raise UserError(f"field {dataset.fields[f]} of the {split.name} split has rows without an id; "
+                        "convert the data again")
+    raise UserError(f"field {dataset.fields[f]} of the {split.name} split has ids from {low} to {high}, expected "
+                    f"[{dataset.offsets[f]}, {dataset.offsets[f + 1]}); check --table_size_array or convert again")
+
+
+def check_labels(split, labels):
+    """Raise a UserError unless all labels, float32 (n,), are 0 or 1."""
+    wrong = labels[(labels != 0) & (labels != 1)]
+    if len(wrong):
+        raise UserError(f"the {split.name} split has a label {wrong[0]:g}, expected only 0 and 1")

@@ -1,0 +1,207 @@
+"""Start OneFlow: the matrix library before it, a quiet import, and how a run schedules its threads.
+
+Everything that needs OneFlow takes it from here, `from tools.trainer.startup import flow`, so that nobody imports it
+unprepared. The import leaves environment, signal handlers, priorities and scheduling of the process as they were;
+what belongs to a run is in `prepare_run`.
+"""
+
+import ctypes
+import glob
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+from tools.trainer.cli import environment_int
+
+# what OneFlow says of a machine without a GPU or InfiniBand
+HARMLESS = ("libibverbs not available, ibv_fork_init skipped",
+            "CUDA driver version is insufficient for CUDA runtime version",
+            "no CUDA-capable device is detected", "Failed to get cuda runtime version")
+AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
+
+
+# --------------------------------------------------------------------------------------------- before and at the import
+
+
+def preload_blas():
+    """Put the OpenBLAS of SciPy's wheel before the older one inside OneFlow; return its name for the log, or None.
+
+    OneFlow calls cblas_sgemm through the dynamic linker, so a library that is loaded first with global symbols serves
+    its matrix products. SciPy's OpenBLAS has kernels for newer CPUs (AVX-512 among them), OneFlow's has not. It must
+    happen before `import oneflow`. DEEPFM_BLAS=oneflow leaves OneFlow's own library in place.
+    """
+    spec = importlib.util.find_spec("scipy")
+    if os.environ.get("DEEPFM_BLAS", "scipy") == "oneflow" or spec is None or not sys.platform.startswith("linux"):
+        return None
+    folder = glob.escape(os.path.join(os.path.dirname(os.path.dirname(spec.origin)), "scipy.libs"))
+    quadmath, gfortran, openblas = (
+        sorted(glob.glob(os.path.join(folder, f"lib{name}*.so*"))) for name in ("quadmath", "gfortran", "openblas"))
+    if not openblas:
+        return None
+    try:
+        with best_openblas_kernels():
+            for path in quadmath + gfortran + openblas:
+                library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        library.cblas_sgemm  # noqa: B018 - SciPy builds with renamed symbols would not replace OneFlow's: AttributeError
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        return f"OpenBLAS {library.openblas_get_corename().decode()} (SciPy's)"
+    except (OSError, AttributeError):
+        return None
+
+
+@contextmanager
+def best_openblas_kernels():
+    """Let an OpenBLAS that is loaded inside choose AVX-512 kernels where the CPU has them.
+
+    By itself it falls back to AVX2 kernels on CPUs newer than itself; any CPU with these flags runs its AVX-512 ones.
+    """
+    flags = []
+    with suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
+        flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
+    chosen = AVX512.issubset(flags) and "OPENBLAS_CORETYPE" not in os.environ
+    if chosen:
+        os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
+    try:
+        yield
+    finally:
+        if chosen:
+            del os.environ["OPENBLAS_CORETYPE"]
+
+
+def wait_for_first_process(patience=60):
+    """Let the first process listen before OneFlow calls it at import: after a call in vain it sleeps for 10 seconds.
+
+    See rpc_client.cpp. Gives up after `patience` seconds, because OneFlow says more clearly who is missing.
+    """
+    if environment_int("RANK", 0) <= 0 or "MASTER_PORT" not in os.environ:
+        return
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1"), environment_int("MASTER_PORT", 0)
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(address, timeout=1):
+            return
+        time.sleep(0.05)
+
+
+def machine_has_gpu():
+    """Whether the machine shows an NVIDIA device, with or without a working driver."""
+    names = os.listdir("/dev") if os.path.isdir("/dev") else []
+    return "dxg" in names or any(name.startswith("nvidia") and name[6:].isdigit() for name in names)
+
+
+@contextmanager
+def without_harmless_lines():
+    """Leave out what OneFlow's libraries print to stderr of a machine without a GPU, see HARMLESS; all else passes.
+
+    The filter is a process of its own, so that the last words of an import that aborts are not lost.
+    """
+    if machine_has_gpu():  # there they may be the reason why the GPU is not used
+        yield
+        return
+    try:
+        stderr = os.dup(2)
+        filter_process = subprocess.Popen(["grep", "--line-buffered", "-vF", "\n".join(HARMLESS)],
+                                          stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
+    except OSError:  # no grep, or stderr is closed
+        yield
+        return
+    os.dup2(filter_process.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        filter_process.stdin.close()
+        filter_process.wait()
+
+
+def import_oneflow():
+    """`import oneflow` without its side effects on this process: environment, Ctrl-C, messages."""
+    environment, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
+    wait_for_first_process()
+    with without_harmless_lines():
+        import oneflow
+
+        oneflow.cuda.is_available()  # looks for a driver, and says so, once
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)  # OneFlow's handler ends the process at once
+    return oneflow
+
+
+BLAS = preload_blas()
+flow = import_oneflow()
+
+
+# ------------------------------------------------------------------------------------------------------------ for a run
+
+
+def prepare_run(on_cpu):
+    """Schedule this process's threads for a training or scoring run; not for a process that has other work too."""
+    avoid_launch_race()
+    with without_harmless_lines():  # OneFlow looks for a driver again
+        use_one_compute_thread()
+    if on_cpu:
+        calm_scheduler()
+
+
+def avoid_launch_race():
+    """Schedule every thread as a batch thread, so that a thread that OneFlow wakes does not displace the waking one.
+
+    OneFlow 0.8 and 0.9 start a graph (Push) before they queue it (EnqueueNNGraph, vm/lazy_job_instruction_policy.h).
+    When the thread that does so is displaced in between and the graph is small, its end is taken off an empty queue:
+    a segmentation fault now and then. No crash was seen in 20,000 calls of a tiny graph with this, one in a few
+    thousand without. New threads inherit the policy.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError):
+                os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+
+
+def use_one_compute_thread():
+    """Run the operators of a CPU graph in one thread of this process; before the first graph is compiled.
+
+    OneFlow makes one for every core (cpu_device_num, task_stream_index_manager.cpp) and deals the operators to them.
+    With one process per core they displace each other: two processes on two cores took 1.2 times as long per step.
+    """
+    session = flow.framework.session_context.GetDefaultSession()
+    session.TryInit()
+    resource = session.resource
+    resource.cpu_device_num = 1
+    session.update_resource_eagerly(resource)
+
+
+def calm_scheduler():
+    """Let OneFlow's scheduler thread give way to the threads that compute.
+
+    As long as a graph runs, that thread looks for new work without a pause (ScheduleLoop, vm/virtual_machine.cpp). With
+    as many compute threads as cores it took 3 to 25 % of the cores; nice values from 5 to 19 leave it below 2 %. It is
+    the thread that works most while operators run one by one, since it polls for a millisecond after each.
+    """
+    with suppress(OSError, LookupError, ValueError):  # a system without these files, or without times in them
+        before = thread_times()
+        for _ in range(10):
+            flow.zeros(1)
+            time.sleep(0.002)
+        worked = {thread: time_now - before.get(thread, 0) for thread, time_now in thread_times().items()}
+        busiest = max(worked, key=worked.get)
+        if worked[busiest] > 0:
+            os.setpriority(os.PRIO_PROCESS, busiest, 10)
+
+
+def thread_times():
+    """{thread id: nanoseconds on a core} of this process's threads but the calling one (Linux)."""
+    times = {}
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/schedstat") as file:
+            times[int(thread)] = int(file.read().split()[0])
+    del times[threading.get_native_id()]
+    return times

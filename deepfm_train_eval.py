@@ -12,6 +12,7 @@ DATA_DIR/dataset_info.json. Writes checkpoints to --model_save_dir, embedding ro
 Letters in shape comments: B batch, F fields, D embedding size, H hidden units.
 """
 
+import argparse
 import math
 import os
 import re
@@ -26,10 +27,10 @@ from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from typing import NamedTuple
 
-from tools.trainer.cli import handle_early_interrupt
+from tools.trainer.cli import start_script
 
 if __name__ == "__main__":
-    handle_early_interrupt()  # imports take seconds
+    start_script()  # imports take seconds
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
 from tools.trainer.startup import BLAS, flow, prepare_run
@@ -55,7 +56,6 @@ from tools.trainer.cli import (
     UserError,
     boolean,
     brief,
-    environment_int,
     first_line,
     int_list,
     number,
@@ -79,9 +79,9 @@ from tools.trainer.processes import give_up, on_rank0, print_rank0, progress_bar
 from tools.trainer.run_log import MetricsLog, StepClock, host_memory
 from tools.trainer.tables import BLOCK_SIZE, SIZE_FACTOR, TableStore
 
-# petastorm uses pyarrow's legacy interfaces, which warn with every row group
-warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
+# petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
+for category in (FutureWarning, DeprecationWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=category, module="petastorm")
 from petastorm import make_batch_reader
 
 nn = flow.nn
@@ -201,17 +201,12 @@ def add_storage_options(parser):
 def parse_args(argv=None):
     """Parse and cross-check; what needs the data files or a checkpoint is checked when they are read.
 
-    Derived: args.device is "cuda" or "cpu", args.world_size the number of processes, args.given the names of the
-    options that stand on the command line.
+    Derived: args.device is "cuda" or "cpu", args.given the names of the options that stand on the command line.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
-    try:
-        args.world_size = environment_int("WORLD_SIZE", 1)
-    except UserError as error:
-        parser.error(str(error))
     check_use(parser, args)
     check_device(parser, args)
     check_training(parser, args)
@@ -263,9 +258,9 @@ def check_device(parser, args):
 
 
 def check_training(parser, args):
-    if args.batch_size % args.world_size:
-        parser.error(f"--batch_size {args.batch_size} is not divisible by {args.world_size} processes; "
-                     f"use a multiple of {args.world_size}")
+    if args.batch_size % world_size():
+        parser.error(f"--batch_size {args.batch_size} is not divisible by {world_size()} processes; "
+                     f"use a multiple of {world_size()}")
     if args.persistent_path and args.persistent_path_fm and (
             os.path.realpath(args.persistent_path) == os.path.realpath(args.persistent_path_fm)):
         parser.error(f"--persistent_path and --persistent_path_fm are both {args.persistent_path}; use two folders")
@@ -278,9 +273,11 @@ def adopt_model(args, folder):
 
     Returns its state. Raises: UserError where the two contradict each other.
     """
-    state = checkpoints.read_checkpoint(folder)
+    state, parser = checkpoints.read_checkpoint(folder), make_parser()
     for name in MODEL_OPTIONS:
-        saved = state["model"].get(name, make_parser().get_default(name))
+        saved = state["model"].get(name, getattr(parser.parse_args([]), name))
+        if not could_be_given(parser, name, saved):
+            raise UserError(f"{folder} has {brief(repr(saved))} for --{name}; {checkpoints.USE_ANOTHER}")
         if name in args.given and getattr(args, name) != saved:
             raise UserError(f"{folder} was saved with --{name} {brief(saved)}, now it is {brief(getattr(args, name))}; "
                             "use the same value, or leave it out")
@@ -291,6 +288,17 @@ def adopt_model(args, folder):
         if getattr(args, option) is None:
             setattr(args, option, state["tables"][name]["path"])
     return state
+
+
+def could_be_given(parser, name, value):
+    """Whether the parser could have made a value of an option."""
+    convert = parser._option_string_actions[f"--{name}"].type
+    if convert is None:
+        return isinstance(value, bool)
+    try:
+        return convert(",".join(map(str, value)) if isinstance(value, list) else str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1185,7 +1193,8 @@ def hold_folders(args, held):
     """Lock the folders of a run until `held` closes: one that is started too early would damage the first."""
     for path in (args.persistent_path, args.persistent_path_fm):
         hold(path, held, f"another run is training with the tables in {path}; wait for its end or stop it")
-    hold(save_dir_of(args), held, f"another run is saving to {save_dir_of(args)}; wait for its end or stop it")
+    if args.model_save_dir:
+        hold(args.model_save_dir, held, f"another run is saving to {args.model_save_dir}; wait for its end or stop it")
 
 
 def describe(trainer):

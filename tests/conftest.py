@@ -124,11 +124,15 @@ def make_trainer(data_dir, folder, *options):
                        f"{folder}/f", "--device", "cpu", "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size",
                        str(ROWS), *map(str, options)])
     trainer, trainer.checkpointer = start_trainer(args, read_dataset(str(data_dir)), run_id="test")
+    enlarge_rows(trainer.model)
+    return trainer
+
+
+def enlarge_rows(model):
     rng = np.random.default_rng(5)
-    for table in trainer.model.tables().values():
+    for table in model.tables().values():
         rows = table.weight.detach().to_local().numpy()
         rows[:-1] = rng.normal(size=rows[:-1].shape) * 0.3
-    return trainer
 
 
 def values_of(model):

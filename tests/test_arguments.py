@@ -1,5 +1,6 @@
 """The command line: promised names and defaults, one clear line for every mistake, what reaches OneEmbedding."""
 
+import os
 import subprocess
 import sys
 
@@ -21,35 +22,43 @@ PROMISED = {  # names and defaults that users already have in scripts
 }
 
 
+def launch_variables(**changes):
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "0", **changes}
+
+
 def test_promised_names_and_defaults():
     args = parse_args(REQUIRED)
     for name, default in PROMISED.items():
         if name not in ("data_dir", "persistent_path", "persistent_path_fm"):
             assert getattr(args, name) == default, name
-    required = {action.dest for action in make_parser()._actions if action.required}
-    assert required == {"data_dir", "persistent_path", "persistent_path_fm"}
 
 
 @pytest.mark.parametrize("options, value", [
     (["--disable_fusedmlp"], True), (["--disable_fusedmlp", "True"], True), (["--disable_fusedmlp", "False"], False),
 ])
-def test_disable_fusedmlp(options, value):
+def test_disable_fusedmlp(monkeypatch, options, value):
+    monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
     assert parse_args([*REQUIRED, *options]).disable_fusedmlp is value
 
 
-def test_lists_and_derived_values(monkeypatch):
+def test_lists_and_derived_values():
     args = parse_args([*REQUIRED, "--dnn", "400,300", "--table_size_array", "5,6,7", "--model_save_dir", "runs/a"])
-    assert (args.dnn, args.table_size_array, args.world_size) == ([400, 300], [5, 6, 7], 1)
+    assert (args.dnn, args.table_size_array) == ([400, 300], [5, 6, 7])
     assert args.log_dir == "runs/a/logs" and args.device in ("cpu", "cuda")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert parse_args([*REQUIRED, "--batch_size", "12"]).world_size == 4
+    assert args.given == {"data_dir", "persistent_path", "persistent_path_fm", "dnn", "table_size_array",
+                          "model_save_dir"}
+    assert "batch_size" in parse_args([*REQUIRED, "--batch_size=12"]).given
 
 
 MISTAKES = [
     (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
-    (["--batch_size", "1e4"], "--batch_size: '1e4' is not a valid int"),
-    (["--dnn", "8,x"], "--dnn: '8,x' is not a comma-separated list of integers"),
-    (["--dnn", "8,0"], "--dnn: '8,0' has a value below 1"),
+    (["--batch_size", "1e4"], "--batch_size: '1e4' is not a whole number"),
+    (["--batch_size", "1" + "0" * 30], "--batch_size: 1000000000000000000000000000000 must be at most 2147483647"),
+    (["--train_batches", "9" * 5000], "--train_batches: "),
+    (["--learning_rate", "fast"], "--learning_rate: 'fast' is not a number"),
+    (["--dnn", "8," + "1" * 30], "has a value below 1 or above 2147483647"),
+    (["--dnn", "8,x"], "--dnn: '8,x' is not a comma-separated list of whole numbers"),
+    (["--dnn", "8,0"], "--dnn: '8,0' has a value below 1 or above 2147483647"),
     (["--table_size_array", "7,,8"], "--table_size_array: '7,,8' is not a comma-separated list"),
     (["--disable_fusedmlp", "perhaps"], "--disable_fusedmlp: 'perhaps' is not True or False"),
     (["--net_dropout", "1"], "--net_dropout: 1 must be at most 0.99"),
@@ -63,10 +72,11 @@ MISTAKES = [
     (["--cache_memory_budget_mb", "0"], "--cache_memory_budget_mb 0 leaves --store_type cached_host_mem without a"),
     (["--persistent_path_fm", "./t"], "--persistent_path and --persistent_path_fm are both t"),
     (["--min_lr", "0.1"], "--min_lr 0.1 is above --learning_rate 0.001"),
-    (["--disable_fusedmlp", "False", "--batch_norm"], "--disable_fusedmlp False has no batch normalisation"),
+    (["--disable_fusedmlp", "False", "--device", "cpu"], "--disable_fusedmlp False needs a CUDA device"),
     (["--predict", "x"], "--predict and --predict_output go together"),
     (["--predict", "x", "--predict_output", "y"], "--predict needs --model_load_dir"),
     (["--predict", "x", "--predict_output", "."], "--predict_output . is a folder"),
+    (["--predict", "x", "--predict_output", "y", "--eval_only"], "--predict and --eval_only are two things"),
     (["--eval_only"], "--eval_only needs --model_load_dir"),
     (["--resume"], "--resume needs --model_save_dir"),
     (["--resume", "--model_save_dir", "s", "--overwrite_tables"], "leave out --model_load_dir and --overwrite_tables"),
@@ -85,23 +95,45 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, options, message):
     assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
 
 
+def test_fused_layers_have_no_batch_normalisation(capsys, monkeypatch):
+    monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        parse_args([*REQUIRED, "--disable_fusedmlp", "False", "--batch_norm"])
+    assert "--disable_fusedmlp False has no batch normalisation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["--data_dir", "--persistent_path", "--persistent_path_fm"])
 def test_required(capsys, missing):
     position = REQUIRED.index(missing)
+    rest = REQUIRED[:position] + REQUIRED[position + 2:]
     with pytest.raises(SystemExit):
-        parse_args(REQUIRED[:position] + REQUIRED[position + 2:])
+        parse_args(rest)
     assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+    parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", *rest])  # the checkpoint has it
+
+
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "two"), ("WORLD_SIZE", "9" * 30), ("RANK", "abc"),
+                                         ("MASTER_PORT", "http")])
+def test_environment_of_a_broken_launcher(name, value):
+    result = subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", *REQUIRED], capture_output=True, text=True,
+                            env={**os.environ, **launch_variables(**{name: value})}, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: the environment variable " + name)
+    assert result.stderr.count("\n") == 1
+    result = subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", *REQUIRED], capture_output=True, text=True,
+                            env={**os.environ, name: value}, timeout=60)  # set for another program
+    assert result.stderr == "error: --data_dir data is not a folder; it should hold train/, val/ and test/\n"
 
 
 def test_batch_that_the_processes_cannot_share(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(trainer_module, "world_size", lambda: 3)
     with pytest.raises(SystemExit):
         parse_args([*REQUIRED, "--batch_size", "100"])
     assert "--batch_size 100 is not divisible by 3 processes; use a multiple of 3" in capsys.readouterr().err
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in launch_variables(RANK="1").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         parse_args([*REQUIRED, "--batch_size", "0"])
     assert ended.value.code == 2 and capsys.readouterr().err == ""
@@ -126,7 +158,7 @@ def test_help_shows_every_default_and_fits_a_screen_per_topic():
     text = " ".join(result.stdout.split())
     for action in make_parser()._actions:
         assert action.help
-        if action.default not in (None, "==SUPPRESS==") and not action.required:
+        if action.default not in (None, "==SUPPRESS=="):
             assert f"(default: {action.default})" in text, action.dest
 
 

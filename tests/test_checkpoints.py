@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -13,19 +14,17 @@ import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE_SIZES, make_dataset, run_trainer, trainer_command
+from conftest import ROOT, TABLE_SIZES, make_dataset, metrics_lines, run_trainer, trainer_command
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
+from tools.trainer import checkpoints
+from tools.trainer.cli import UserError
+from tools.trainer.tables import TableStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # petastorm uses pyarrow's old interfaces
 NUM_ROWS = sum(TABLE_SIZES)
 DIM = 4
-
-
-def metrics_lines(output, split):
-    found = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)
-    return [(float(auc), float(logloss)) for auc, logloss in found]
 
 
 def final_metrics(output):
@@ -44,7 +43,7 @@ def everything(work, checkpoint, processes=1):
     """All numbers of a checkpoint: {name: array}"""
     folder = work / "save" / checkpoint
     state = json.loads((folder / "state.json").read_text())
-    values = {name: value.numpy() for name, value in flow.load(str(folder / "dense")).items()}
+    values = checkpoints.read_dense(str(folder), state)
     for table, path, dim in (("embedding", "tables", DIM), ("embedding_fm", "tables_fm", 1)):
         rows = table_rows(work / path, state["tables"][table]["snapshot"], dim, processes)
         values[table] = np.stack([rows[key] for key in range(NUM_ROWS)])
@@ -167,10 +166,10 @@ module.main(sys.argv[1:])
 """
 KILLS = [  # (where, what, which call, when), last complete checkpoint
     (("module.Trainer", "train_step", 2, "after"), None),
-    (("module.Trainer", "write_checkpoint", 1, "before"), None),  # step 3: rows are saved, the checkpoint is not
+    (("module.checkpoints.Checkpointer", "write", 1, "before"), None),  # step 3: rows are saved, the checkpoint is not
     (("module.TableStore", "prune", 7, "before"), "step_7"),  # step 7: an old checkpoint is gone, its rows are not
     (("module.os", "rename", 1, "after"), "step_7"),  # step 9: a key chunk is in place, its values are not
-    (("module", "publish", 1, "after"), "step_9"),  # step 9: saved, not yet pruned
+    (("module.checkpoints", "publish", 1, "after"), "step_9"),  # step 9: saved, not yet pruned
     (("module.Trainer", "train_step", 6, "after"), "step_14"),  # step 15: in the epoch behind the learning-rate cut
 ]
 
@@ -225,10 +224,10 @@ def test_twenty_saves_take_the_space_of_three(uninterrupted):
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
     """A kill before the n-th rename leaves the old or the new checkpoint, whole."""
-    for name, text in (("best", "old"), (".staging", "new")):
+    for name, text in (("best", "old"), (checkpoints.STAGING, "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text(text)
-        (tmp_path / name / "dense").write_text(text)
+        (tmp_path / name / "dense.npz").write_text(text)
     rename, done = os.rename, []
 
     def stopping(source, target):
@@ -239,11 +238,13 @@ def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
 
     monkeypatch.setattr(os, "rename", stopping)
     with contextlib.suppress(KeyboardInterrupt):
-        trainer_module.publish(str(tmp_path / ".staging"), ["best"], str(tmp_path))
+        checkpoints.publish(str(tmp_path / checkpoints.STAGING), ["best"], str(tmp_path))
     monkeypatch.setattr(os, "rename", rename)
-    trainer_module.clean_save_dir(str(tmp_path))
+    found = Path(checkpoints.find_folder(str(tmp_path / "best")))  # what --eval_only uses, also without cleaning
+    assert (found / "state.json").read_text() == ("new" if renames == 2 else "old")
+    checkpoints.clean_save_dir(str(tmp_path))
     contents = {path.name: path.read_text() for path in (tmp_path / "best").iterdir()}
-    assert contents == dict.fromkeys(("state.json", "dense"), "new" if renames == 2 else "old")
+    assert contents == dict.fromkeys(("state.json", "dense.npz"), "new" if renames == 2 else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -267,13 +268,13 @@ def test_all_is_flushed_before_it_gets_its_name(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    store = trainer_module.TableStore(str(tmp_path / "tables"), 2, 9)
+    store = TableStore("embedding", "persistent_path", str(tmp_path / "tables"), 2, 9)
     for name in ("first", "second"):
         (tmp_path / "tables").mkdir(exist_ok=True)
         store.write_snapshot(name, [(np.arange(9), np.ones((9, 6), np.float32))])
-        (tmp_path / ".staging" / "dense").mkdir(parents=True)
-        (tmp_path / ".staging" / "dense" / "out").write_text(name)
-        trainer_module.publish(str(tmp_path / ".staging"), ["best"], str(tmp_path))
+        (tmp_path / checkpoints.STAGING).mkdir()
+        (tmp_path / checkpoints.STAGING / "dense.npz").write_text(name)
+        checkpoints.publish(str(tmp_path / checkpoints.STAGING), ["best"], str(tmp_path))
     assert len(flushed) > 10 and not late and not names
 
 
@@ -299,11 +300,12 @@ def fails(monkeypatch, capfd):
 
 def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shared_dataset_dir, tmp_path):
     """A kill between the two would leave a checkpoint with nothing to train and the last epoch not evaluated."""
-    saved, save = [], trainer_module.Trainer.save
-    monkeypatch.setattr(trainer_module.Trainer, "save", lambda self, names: (saved.append(names), save(self, names)))
+    saved, save = [], checkpoints.Checkpointer.save
+    monkeypatch.setattr(checkpoints.Checkpointer, "save",
+                        lambda self, trainer, names: (saved.append(names), save(self, trainer, names)))
     run_here(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--checkpoint_interval", "2",
              "--train_batches", "4")
-    assert saved == [["step_2"], ["best_checkpoint", "step_4"]]
+    assert saved == [["step_2"], ["best_checkpoint", "step_4"]]  # the point to resume from comes last
     scored = run_here(shared_dataset_dir, tmp_path, "--eval_only", "--model_load_dir", tmp_path / "save" / "step_4")
     assert "Epoch 1, Step 4, val" in scored
 
@@ -329,7 +331,7 @@ def test_resume_with_nothing_left_to_train(fails, run_here, shared_dataset_dir, 
     state_file = tmp_path / "save" / "step_3" / "state.json"
     state = json.loads(state_file.read_text())
     state["progress"]["step_in_epoch"] = 8  # as of a number of processes that has more steps per epoch
-    state_file.write_text(json.dumps(state))
+    state_file.write_text(json.dumps({**state, "digest": checkpoints.digest(state)}))
     assert "Epoch 1, Step 3, val" in run_here(*options, "4", "--resume")
 
 
@@ -360,20 +362,53 @@ def remove(path):
     path.unlink()
 
 
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def reverse(path):
+    np.fromfile(path, np.uint64)[::-1].tofile(path)
+
+
+def double(path):
+    path.write_text(path.read_text().strip() * 2)
+
+
 def halve(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("damage, pattern, message", [
     (remove, "save/best_checkpoint/state.json", "not a complete checkpoint"),
-    (halve, "save/best_checkpoint/state.json", "not a complete checkpoint"),
-    (halve, "save/best_checkpoint/dense/*/out", "is incomplete"),
-    (remove, "save/best_checkpoint/dense/*/out", "is incomplete"),
-    (halve, "save/best_checkpoint/dense/pickled_data", "is incomplete"),
+    (halve, "save/best_checkpoint/state.json", "state.json cannot be used"),
+    (halve, "save/best_checkpoint/dense.npz", "dense.npz cannot be read (it was changed or damaged"),
+    (remove, "save/best_checkpoint/dense.npz", "dense.npz cannot be read"),
+    (flip, "save/best_checkpoint/dense.npz", "dense.npz cannot be read (it was changed or damaged"),
+    (flip, "save/best_checkpoint/state.json", "best_checkpoint/state.json"),
+    (zero, "tables/0-1/keys/*", "was changed or damaged since the checkpoint was saved"),
+    (flip, "tables/0-1/keys/*", "was changed or damaged since the checkpoint was saved"),
+    (flip, "tables/0-1/values/*", "was changed or damaged since the checkpoint was saved"),
+    (flip, "tables_fm/0-1/values/*", "was changed or damaged since the checkpoint was saved"),
+    (zero, "tables/0-1/snapshots/*/index-*", "missing or incomplete"),
+    (reverse, "tables/0-1/snapshots/*/index-*", "was changed or damaged since the checkpoint was saved"),
+    (flip, "tables/0-1/snapshots/*/CHECKSUMS", "use another checkpoint"),
+    (remove, "tables/0-1/snapshots/*/CHECKSUMS", "is not the one that was saved with the checkpoint"),
+    (zero, "tables/0-1/snapshots/*/LIST", "LIST is damaged"),
+    (zero, "tables/0-1/KEY_SIZE", "KEY_SIZE is missing or damaged"),
+    (zero, "tables/0-1/VALUE_SIZE", "VALUE_SIZE is missing or damaged"),
+    (double, "tables/0-1/PHYSICAL_BLOCK_SIZE", "PHYSICAL_BLOCK_SIZE is 40964096, expected 4096"),
+    (double, "tables/0-1/NUM_LOGICAL_BLOCKS_PER_CHUNK", "NUM_LOGICAL_BLOCKS_PER_CHUNK is 10485761048576, expected"),
     (halve, "tables/0-1/values/*", "missing or incomplete"),
     (remove, "tables_fm/0-1/keys/*", "missing or incomplete"),
     (remove, "tables/0-1/snapshots/*/LIST", "table snapshot"),
-    (halve, "tables/0-1/snapshots/*/index-*", "has 29 rows, the checkpoint says 58"),
+    (halve, "tables/0-1/snapshots/*/index-*", "was changed or damaged since the checkpoint was saved"),
 ])
 def test_half_checkpoints_are_refused(fails, finished, shared_dataset_dir, tmp_path, damage, pattern, message):
     work = copy_of(finished[0], tmp_path)
@@ -385,13 +420,126 @@ def test_half_checkpoints_are_refused(fails, finished, shared_dataset_dir, tmp_p
 
 def test_missing_tensor_is_refused(fails, finished, shared_dataset_dir, tmp_path):
     work = copy_of(finished[0], tmp_path)
-    dense = work / "save" / "best_checkpoint" / "dense"
-    saved = flow.load(str(dense))
-    del saved["model.dnn.bias_1"]
-    shutil.rmtree(dense)
-    flow.save(saved, str(dense))
-    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", dense.parent)
-    assert "model.dnn.bias_1" in error
+    best = work / "save" / "best_checkpoint"
+    saved = dict(np.load(best / "dense.npz"))
+    bias = saved.pop("model.dnn.bias_1")
+    evaluate = ["--eval_only", "--model_load_dir", best, "--skip_checksums"]
+    for change, message in (({}, "lacks the tensors model.dnn.bias_1 (1)"),
+                            ({"model.dnn.bias_1": bias, "model.cross.weight": bias}, "also has the tensors model.cr"),
+                            ({"model.dnn.bias_1": bias[:3]}, "has (3,) for model.dnn.bias_1, expected (8,)")):
+        np.savez(best / "dense.npz", **saved, **change)
+        assert message in fails(shared_dataset_dir, work, *evaluate)
+
+
+def test_dense_part_of_another_checkpoint_is_refused(fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    best = work / "save" / "best_checkpoint"
+    shutil.copy(work / "save" / "initial_checkpoint" / "dense.npz", best)
+    assert "changed or damaged" in fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best)
+
+
+def test_an_id_that_comes_twice_is_refused_also_without_checksums(fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    state = json.loads((work / "save" / "best_checkpoint" / "state.json").read_text())
+    [index] = (work / "tables" / "0-1" / "snapshots" / state["tables"]["embedding"]["snapshot"]).glob("index-*")
+    positions = np.fromfile(index, np.uint64)
+    positions[3] = positions[4]
+    positions.tofile(index)
+    options = ["--eval_only", "--model_load_dir", work / "save" / "best_checkpoint", "--skip_checksums"]
+    assert "has an id twice" in fails(shared_dataset_dir, work, *options)
+
+
+def test_numbers_that_are_not_finite_are_refused(fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    best = work / "save" / "best_checkpoint"
+    saved = dict(np.load(best / "dense.npz"))
+    saved["model.dnn.bias_1"][2] = np.nan
+    np.savez(best / "dense.npz", **saved)
+    options = ["--model_load_dir", best, "--skip_checksums"]
+    error = fails(shared_dataset_dir, work, "--eval_only", *options)
+    assert re.search(r"(\d+) of \1 probabilities of val are not numbers", error)
+    target = tmp_path / "out.parquet"
+    predict = ["--predict", shared_dataset_dir / "test", "--predict_output", target]
+    assert "are not numbers" in fails(shared_dataset_dir, work, *predict, *options) and not target.exists()
+
+
+@pytest.fixture(scope="module")
+def old_format(finished, tmp_path_factory):
+    """The same run as versions before checksums wrote it."""
+    work = copy_of(finished[0], tmp_path_factory.mktemp("old_format"))
+    for folder in (work / "save").glob("*/state.json"):
+        folder = folder.parent
+        state = json.loads((folder / "state.json").read_text())
+        dense = checkpoints.read_dense(str(folder), state)
+        flow.save({name: flow.tensor(array) for name, array in dense.items()}, str(folder / "dense"))
+        (folder / "dense.npz").unlink()
+        state["format_version"] = 1
+        del state["digest"], state["files"]
+        for table in state["tables"].values():
+            del table["checksum"]
+        (folder / "state.json").write_text(json.dumps(state))
+    for path in work.glob("tables*/0-1/snapshots/*/CHECKSUMS"):
+        path.unlink()
+    return work
+
+
+def test_checkpoints_of_earlier_versions_load(run_here, old_format, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(old_format, tmp_path)
+    scored = run_here(shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "save" / "best_checkpoint")
+    assert final_metrics(scored) == final_metrics(finished[1])
+    assert "Resuming from" in run_here(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save",
+                                       "--train_batches", "15")
+    assert checkpoints.read_checkpoint(work / "save" / "step_15")["format_version"] == 2
+
+
+class Command:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.target}'",)
+
+
+def test_no_checkpoint_runs_code(fails, old_format, finished, shared_dataset_dir, tmp_path):
+    ran = tmp_path / "ran"
+    work = copy_of(old_format, tmp_path / "old")
+    best = work / "save" / "best_checkpoint"
+    (best / "dense" / "pickled_data").write_bytes(pickle.dumps({"protocol_version": 1, "data": Command(ran)}))
+    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best)
+    assert "it asks for posix.system, which no checkpoint needs" in error and not ran.exists()
+    work = copy_of(finished[0], tmp_path / "new")
+    best = work / "save" / "best_checkpoint"
+    np.savez(best / "dense.npz", **{"model.dnn.bias_1": np.array([Command(ran)], object)})
+    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", best, "--skip_checksums")
+    assert "dense.npz cannot be read" in error and not ran.exists()
+
+
+STATE_CHANGES = [
+    lambda state: state.pop("tables"), lambda state: state["tables"].pop("embedding"),
+    lambda state: state.update(format_version="2"), lambda state: state.update(model=[]),
+    lambda state: state["model"].update(fields="f0"), lambda state: state["model"].update(dnn=None),
+    lambda state: state["model"].update(embedding_vec_size=10**30), lambda state: state["progress"].update(step=-1),
+    lambda state: state["model"].update(batch_norm="no"), lambda state: state["progress"].update(best=3),
+    lambda state: state["plateau"].update(learning_rate=float("nan")), lambda state: state["run"].pop("batch_size"),
+    lambda state: state["tables"]["embedding"].update(snapshot="../../elsewhere"),
+    lambda state: state["tables"]["embedding"].update(processes=0),
+    lambda state: state["tables"]["embedding"].update(rows="58"), lambda state: state.pop("digest"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(STATE_CHANGES)))
+def test_state_that_does_not_fit_is_one_line(fails, finished, shared_dataset_dir, tmp_path, number):
+    work = copy_of(finished[0], tmp_path)
+    path = work / "save" / "best_checkpoint" / "state.json"
+    state = json.loads(path.read_text())
+    STATE_CHANGES[number](state)
+    if "digest" in state:  # as if somebody had written it so
+        state["digest"] = checkpoints.digest(state)
+    path.write_text(json.dumps(state))
+    error = fails(shared_dataset_dir, work, "--eval_only", "--model_load_dir", path.parent)
+    assert "best_checkpoint" in error and "use another checkpoint" in error or "another model" in error
 
 
 @pytest.mark.parametrize("options, message", [
@@ -433,9 +581,11 @@ def test_overwriting_deletes_neither_the_model_to_load_nor_other_files(run_here,
                                                                        tmp_path):
     work = copy_of(finished[0], tmp_path / "work")
     (work / "save").rename(work / "old")
-    for kept in ("tables/2024-01/notes", "tables_fm/3-4/notes", "save/2024/notes"):
-        (work / kept).parent.mkdir(parents=True)
+    for kept in ("tables/2024-01/notes", "tables_fm/3-4/notes", "save/2024/notes", "tables/.writing-0/notes",
+                 "save/.staging/notes", "save/.old-x/notes", "save/.new-x/notes", "save/logs/events.out.tfevents.1"):
+        (work / kept).parent.mkdir(parents=True, exist_ok=True)
         (work / kept).write_text("mine")
+        (work / kept).with_name("LOCK").touch()  # RocksDB has one too
     options = ["--train_batches", "1", "--overwrite_tables"]
     load = ["--model_load_dir", work / "old" / "best_checkpoint"]
     swapped = ["--persistent_path", work / "tables_fm", "--persistent_path_fm", work / "tables"]
@@ -446,7 +596,8 @@ def test_overwriting_deletes_neither_the_model_to_load_nor_other_files(run_here,
                                                     "--model_save_dir", work / "old")
     assert sorted(work.rglob("*")) == files
     run_here(shared_dataset_dir, work, *options, "--model_save_dir", work / "save")
-    assert sorted(work.rglob("notes")) == [path for path in files if path.name == "notes"]
+    for name in ("notes", "LOCK", "events.out.tfevents.1"):
+        assert set(work.rglob(name)) >= {path for path in files if path.name == name and "0-1" not in path.parts}
 
 
 def test_half_removed_checkpoint_does_not_stay(monkeypatch, tmp_path):
@@ -458,15 +609,15 @@ def test_half_removed_checkpoint_does_not_stay(monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", killed)
-        trainer_module.remove_checkpoint(str(tmp_path), "step_3")
-    assert len(list(tmp_path.iterdir())) == 1 and not trainer_module.find_checkpoints(str(tmp_path))
-    trainer_module.clean_save_dir(str(tmp_path))
+        checkpoints.remove_checkpoint(str(tmp_path), "step_3")
+    assert len(list(tmp_path.iterdir())) == 1 and not checkpoints.find_checkpoints(str(tmp_path))
+    checkpoints.clean_save_dir(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_without_a_save_dir_can_be_resumed(run_here, fails, finished, shared_dataset_dir, tmp_path):
     work = copy_of(finished[0], tmp_path)
-    best = work / "tables" / ".best"
+    best = work / "tables" / ".deepfm-best"
     shutil.copytree(work / "save", best)
     error = fails(shared_dataset_dir, work, "--train_batches", "1")
     assert f"continue it with --model_save_dir {best} --resume" in error
@@ -480,7 +631,7 @@ def test_best_epoch_without_a_save_dir(shared_dataset_dir, tmp_path):
     aucs = metrics_lines(output, "val")
     best = int(np.argmax([auc - logloss for auc, logloss in aucs[:-1]]))
     assert best < len(aucs) - 2 and aucs[-1] == aucs[best] and "the checkpoint is not kept" in output
-    assert not (tmp_path / "tables" / ".best").exists()
+    assert not (tmp_path / "tables" / ".deepfm-best").exists()
     assert not list((tmp_path / "tables" / "0-1" / "values").iterdir())
     assert not list((tmp_path / "tables_fm" / "0-1" / "keys").iterdir())
 
@@ -514,11 +665,11 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import deepfm_train_eval as module
-original = module.Trainer.table_blocks
+original = module.cpu.blocks_of_rows
 def slow(*args):
     time.sleep(module.rank())
     yield from original(*args)
-module.Trainer.table_blocks = slow
+module.cpu.blocks_of_rows = slow
 module.main(sys.argv[1:])
 """
 
@@ -547,29 +698,29 @@ def test_interrupt_ends_in_one_line(shared_dataset_dir, tmp_path):
 
 
 def test_folders_are_named_as_oneembedding_names_them():
-    store = trainer_module.TableStore("t", 8, 100)
+    store = TableStore("embedding", "persistent_path", "t", 8, 100)
     assert store.folders(2) == ["t/0-2", "t/1-2"]
     assert store.folders(10) == [f"t/0{process}-10" for process in range(10)]
 
 
 def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
     """Keys and index of 8 bytes, and blocks of 4 KiB with 42 rows of 96 bytes."""
-    store = trainer_module.TableStore(str(tmp_path), 8, 42 * 100)
+    store = TableStore("embedding", "persistent_path", str(tmp_path), 8, 42 * 100)
     needed, usage = 42 * 100 * 16 + 100 * 4096, namedtuple("usage", "total used free")
     rows = [(np.arange(4200), np.ones((4200, 24), np.float32))]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(trainer_module.UserError, match="needs 0.5 MiB .* only 0.5 MiB are free"):
+    with pytest.raises(UserError, match="needs 0.5 MiB .* only 0.5 MiB are free"):
         store.write_snapshot("name", rows)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
     store.write_snapshot("name", rows)
-    assert store.count_rows("name", 1) == 4200
+    assert store.check_snapshot("name", 1)[0] == 4200
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert written < 1.02 * needed
 
 
 @pytest.mark.parametrize("patch", [
-    "module.flow.save = lambda *_: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
+    "module.checkpoints.np.savez = lambda *_, **__: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
     "def fail(*_): raise shutil.Error([('from', 'to', 'No space left on device')] * 9)\nshutil.copytree = fail",
 ])
 def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_dir, tmp_path, patch):
@@ -585,11 +736,40 @@ def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_
 def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_dataset_dir, tmp_path):
     options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches", "2"]
     with contextlib.ExitStack() as held:
-        trainer_module.hold_tables(trainer_module.parse_args(trainer_command(*options)[2:]), held)
+        trainer_module.hold_folders(trainer_module.parse_args(trainer_command(*options)[2:]), held)
         for more in ([], ["--resume"], ["--overwrite_tables"]):
             assert "another run is training with the tables" in fails(*options, *more)
-        assert not (tmp_path / "save").exists()
+        other = ["--persistent_path", tmp_path / "t", "--persistent_path_fm", tmp_path / "f"]
+        assert "another run is saving to" in fails(*options, *other)
+        assert not (tmp_path / "save" / "run.json").exists()
     run_here(*options)
+
+
+def test_resume_after_checkpoints_were_moved_keeps_the_rows(run_here, fails, finished, shared_dataset_dir, tmp_path):
+    work = copy_of(finished[0], tmp_path)
+    names = [path.parent.name for path in (work / "save").glob("*/state.json")]
+    (work / "backup").mkdir()
+    for name in names:
+        (work / "save" / name).rename(work / "backup" / name)
+    rows = sorted(work.glob("tables*/0-1/*/*"))
+    for marked in (True, False):  # as run.json of this version and of earlier ones
+        if not marked:
+            run = json.loads((work / "save" / "run.json").read_text())
+            del run["saved"]
+            (work / "save" / "run.json").write_text(json.dumps(run))
+        error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save")
+        assert "had checkpoints, but they are gone; put them back" in error
+        assert sorted(work.glob("tables*/0-1/*/*")) == rows
+    scored = run_here(shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "backup" / "best_checkpoint")
+    assert final_metrics(scored) == final_metrics(finished[1])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 5, "model_load_dir": null}', "\xff"])
+def test_damaged_run_file_is_one_line(fails, finished, shared_dataset_dir, tmp_path, content):
+    work = copy_of(finished[0], tmp_path)
+    (work / "save" / "run.json").write_text(content, encoding="latin-1")
+    error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save")
+    assert "run.json cannot be used" in error and "begin a new run" in error
 
 
 def test_adams_moments_are_not_in_memory_when_nothing_is_trained(monkeypatch, run_here, finished, shared_dataset_dir,

@@ -7,12 +7,14 @@ import sys
 import field_importance
 import matplotlib.pyplot as plt
 import numpy as np
-import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, make_dataset, run_trainer
-from field_importance import UserError
 from sklearn.metrics import log_loss, roc_auc_score
+
+import deepfm_train_eval as trainer_module
+from tools.trainer import checkpoints
+from tools.trainer.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pyparsing, inside matplotlib
 TABLE_SIZES = [7, 11, 40, 1]  # the label follows f0 and f1; f2 is noise, f3 always the same
@@ -42,10 +44,11 @@ def trainer(work_dir):
 
 def model_by_hand(work_dir, trainer):
     """The formulas of DeepFM (arXiv:1703.04247) in numpy on the checkpoint's files: a function of ids (n, F)."""
-    state = field_importance.trainer_code.read_checkpoint(work_dir / CHECKPOINT)
-    dense = {name: value.numpy() for name, value in flow.load(str(work_dir / CHECKPOINT / "dense")).items()}
+    state = checkpoints.read_checkpoint(work_dir / CHECKPOINT)
+    dense = checkpoints.read_dense(work_dir / CHECKPOINT, state)
     tables = {}
-    for name, store in trainer.stores.items():
+    for store in trainer_module.make_tables(trainer.args, trainer.dataset.num_ids):
+        name = store.name
         tables[name] = np.full((sum(TABLE_SIZES), store.dim), np.nan)
         for keys, rows in store.read_snapshot(state["tables"][name]["snapshot"], 1):
             tables[name][keys] = rows[:, :store.dim]
@@ -144,7 +147,7 @@ def test_other_data_and_other_mistakes(work_dir, tmp_path, capsys):
     for options, message in [
         ({"model_load_dir": work_dir / "none"}, f"there is no checkpoint folder {work_dir}/none"),
         ({"data_dir": tmp_path}, f"no *.parquet files in {tmp_path}/val"),
-        ({"data_dir": other}, "lacks the columns f2, f3 of the checkpoint's data; give the --data_dir that it was"),
+        ({"data_dir": other}, "lacks the columns f2, f3 (2) of the checkpoint's data; give the --data_dir that it was"),
     ]:
         status = field_importance.main(arguments(work_dir, **options))
         [error] = capsys.readouterr().err.splitlines()
@@ -157,7 +160,7 @@ def test_other_data_and_other_mistakes(work_dir, tmp_path, capsys):
 @pytest.mark.parametrize("options, message", [
     ([], "the following arguments are required: --data_dir, --model_load_dir"),
     (["--data_dir", "d", "--model_load_dir", "m", "--repeats", "0"],
-     "argument --repeats: '0' is not a whole number of at least 1"),
+     "argument --repeats: 0 must be at least 1"),
 ])
 def test_wrong_arguments(capsys, options, message):
     with pytest.raises(SystemExit) as stop:

@@ -2,14 +2,22 @@
 
 import json
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 from tensorboardX.proto.event_pb2 import Event
 
-from deepfm_train_eval import MetricsLog, Plateau, auc_and_logloss
+from deepfm_train_eval import METRICS, compute_metrics
+from tools.trainer.cli import UserError
+from tools.trainer.plateau import Plateau
+from tools.trainer.run_log import MetricsLog
+
+
+def auc_and_logloss(labels, probs):
+    metrics = compute_metrics(labels, probs)
+    assert list(metrics) == list(METRICS)
+    return metrics["auc"], metrics["logloss"]
 
 
 @pytest.mark.parametrize("levels", [0, 5])
@@ -39,7 +47,7 @@ def test_one_class_has_no_auc():
 def run_plateau(monitors, patience=2, early_stop_patience=4, **options):
     """[(learning rate behind the epoch, improved, stopped), ...] until it stops"""
     settings = {"learning_rate": 1e-3, "min_delta": 1e-6, "lr_factor": 0.1, "min_lr": 1e-6, **options}
-    plateau = Plateau(SimpleNamespace(patience=patience, early_stop_patience=early_stop_patience, **settings))
+    plateau = Plateau(patience=patience, early_stop_patience=early_stop_patience, **settings)
     states = []
     for monitor in monitors:
         improved = plateau.update(monitor)
@@ -75,8 +83,8 @@ def test_without_early_stopping_it_goes_on():
 
 
 def test_plateau_state_survives(tmp_path):
-    args = SimpleNamespace(learning_rate=1e-3, min_delta=0, lr_factor=0.1, min_lr=0, patience=2, early_stop_patience=4)
-    first, second = Plateau(args), Plateau(args)
+    settings = {"learning_rate": 1e-3, "min_delta": 0, "lr_factor": 0.1, "min_lr": 0, "patience": 2}
+    first, second = (Plateau(early_stop_patience=4, **settings) for _ in range(2))
     for monitor in (0.3, 0.2, 0.1):
         first.update(monitor)
     second.load(json.loads(json.dumps(first.state())))
@@ -88,7 +96,7 @@ def test_plateau_state_survives(tmp_path):
 def scalars(folder):
     """{(tag, step), ...} of the TensorBoard events, read from their records: length, 4 bytes, event, 4 bytes."""
     found = set()
-    for path in folder.glob("events.out.tfevents.*"):
+    for path in folder.glob("deepfm.out.tfevents.*"):
         content, position = path.read_bytes(), 0
         while position < len(content):
             length = int.from_bytes(content[position:position + 8], "little")
@@ -127,7 +135,19 @@ def test_a_new_run_does_not_keep_an_old_runs_lines(tmp_path):
         log = MetricsLog(tmp_path)
         log.write("train", 1, loss=loss)
         log.close()
-    assert [line["loss"] for line in lines(tmp_path)] == [2.0] and len(list(tmp_path.glob("events*"))) == 1
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0] and len(list(tmp_path.glob("*tfevents*"))) == 1
+
+
+def test_files_of_other_programs_are_left_alone(tmp_path):
+    (tmp_path / "events.out.tfevents.1.host").write_text("of another program")
+    MetricsLog(tmp_path).close()
+    assert (tmp_path / "events.out.tfevents.1.host").read_text() == "of another program"
+    for content in (b'{"mine": 1}\n', b"\xff\n", b"[" * 100000 + b"\n", b'{"event": "train", "step": 1}\n7\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        for resumed_step in (None, 5):
+            with pytest.raises(UserError, match="metrics.jsonl, line . is not a line of the trainer's log; move"):
+                MetricsLog(tmp_path, resumed_step)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

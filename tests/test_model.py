@@ -5,24 +5,38 @@ import oneflow as flow
 import pytest
 from reference import second_order_by_loops
 
-from deepfm_train_eval import DNN, draw_masks, initial_rows, keep_probability, second_order, sum_over_fields
+from deepfm_train_eval import DNN, FM, Cpu, Cuda, build_model, make_tables, parse_args
+from tools.trainer.batches import draw_masks, keep_probability
+from tools.trainer.cpu import initial_rows
 
-CPU = flow.placement("cpu", [0])
+CPU = Cpu()
 
 
-def test_second_order_is_the_sum_over_pairs_of_fields():
+class CudaOnCpu(Cuda):
+    """What runs on CUDA, on the CPU device."""
+
+    name = "cpu"
+
+
+@pytest.mark.parametrize("device", [CPU, CudaOnCpu()])
+def test_second_order_is_the_sum_over_pairs_of_fields(device):
     embeddings = np.random.default_rng(0).normal(size=(5, 7, 3)).astype(np.float32)
-    split = flow.tensor(embeddings.reshape(5, 21)).to_global(CPU, flow.sbp.split(0))
-    assert np.allclose(sum_over_fields(split, 3).to_local().numpy(), embeddings.sum(axis=1), atol=1e-5)
-    result = second_order(split, 3).to_local().numpy()
+    split = flow.tensor(embeddings.reshape(5, 21)).to_global(CPU.placement, flow.sbp.split(0))
+    assert np.allclose(device.sum_over_fields(split, 3).to_local().numpy(), embeddings.sum(axis=1), atol=1e-5)
+    result = FM(device, 3).second_order(split).to_local().numpy()
     assert result.shape == (5, 1)
     assert np.allclose(result[:, 0], second_order_by_loops(embeddings), atol=1e-4)
 
 
 def test_parameter_count_of_the_published_network():
-    dnn = DNN(39 * 16, [1000] * 5, 0.2, CPU)
-    assert sum(parameter.numel() for parameter in dnn.parameters()) == 4_630_001
-    assert 910_708 * 17 + 4_630_001 == 20_112_037  # BARS DeepFM_criteo_x4_001
+    """BARS DeepFM_criteo_x4_001: 20,112,037 parameters, 910,708 x 17 of them in the tables."""
+    args = parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", "--device", "cpu"])
+    tables = make_tables(args, 910_708)
+    model = build_model(args, CPU, tables, 39)
+    dense = sum(parameter.numel() for parameter in model.dense_parameters())
+    rows = [table.weight.shape for table in model.tables().values()]
+    assert rows == [(910_709, 16), (910_709, 1)]  # with a padding row that is no parameter of the model
+    assert dense + sum((rows - 1) * width for rows, width in rows) == 20_112_037
 
 
 def test_initial_values():
@@ -31,7 +45,7 @@ def test_initial_values():
     assert (initial_rows(100, 300, 4, seed=1, table=0) == rows[100:300]).all()  # any split of the rows
     assert (initial_rows(0, 20_000, 4, seed=1, table=1) != rows).any()
     assert (initial_rows(0, 20_000, 4, seed=2, table=0) != rows).any()
-    dnn = DNN(300, [200], 0.0, CPU, seed=1)
+    dnn = DNN(CPU, 300, [200], 0.0, seed=1)
     assert dnn.weight_0.to_local().numpy().std() == pytest.approx(np.sqrt(2 / 500), rel=0.02)
     assert not dnn.bias_0.to_local().numpy().any()
 
@@ -41,7 +55,7 @@ def correlation(a, b):
 
 
 def test_masks_are_independent_of_each_other_and_keyed():
-    first = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, process=0)
+    first = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, rank=0)
     assert [mask.shape for mask in first] == [(400, 500)] * 3 and first[0].dtype == np.int8
     dropped = 1 - keep_probability(0.2)
     assert dropped == pytest.approx(0.2, abs=1 / 512)
@@ -52,7 +66,7 @@ def test_masks_are_independent_of_each_other_and_keyed():
         assert mask.mean() == pytest.approx(-dropped, abs=0.005) and set(np.unique(mask)) == {-1, 0}
         for other in masks[:i]:
             assert correlation(mask, other) < 0.01
-    again = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, process=0)
+    again = draw_masks([500, 500, 500], 400, 0.2, seed=1, step=0, rank=0)
     assert all((a == b).all() for a, b in zip(first, again))
 
 
@@ -62,13 +76,13 @@ class MaskGraph(flow.nn.Graph):
         self.dnn = dnn
 
     def build(self, x):
-        return [mask.to(flow.float32) for mask in self.dnn.draw_masks_in_graph(x.shape[0])]
+        masks = self.dnn.device.draw_masks(self.dnn.hidden_units, x.shape[0], self.dnn.dropout, self.dnn.generator)
+        return [mask.to(flow.float32) for mask in masks]
 
 
 def test_masks_drawn_in_the_graph_are_independent():
-    """What runs on CUDA, here on the CPU device."""
-    graph = MaskGraph(DNN(4, [300, 300], 0.3, CPU, seed=7))
-    x = flow.ones(200, 4).to_global(CPU, flow.sbp.split(0))
+    graph = MaskGraph(DNN(CudaOnCpu(), 4, [300, 300], 0.3, seed=7))
+    x = flow.ones(200, 4).to_global(CPU.placement, flow.sbp.split(0))
     masks = [mask.to_local().numpy().copy() for _ in range(2) for mask in graph(x)]
     for i, mask in enumerate(masks):
         assert mask.shape == (200, 300) and mask.mean() == pytest.approx(keep_probability(0.3), abs=0.01)

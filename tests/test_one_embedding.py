@@ -2,11 +2,19 @@
 
 import json
 
+import conftest
 import oneflow as flow
 import pytest
-from test_training import ROWS, Batch, make_trainer, random_batches
+from conftest import batch_of, make_trainer, random_batches
 
-from deepfm_train_eval import STORE_TYPES, OneEmbeddingTable, make_store_options, to_split
+import deepfm_train_eval as trainer_module
+from deepfm_train_eval import STORE_TYPES, Cuda, OneEmbeddingTable, make_store_options, to_split
+
+
+class CudaOnCpu(Cuda):
+    """The CUDA path with tensors on the CPU."""
+
+    name = "cpu"
 
 
 class Handler:
@@ -35,19 +43,16 @@ def updates(shared_dataset_dir, tmp_path, monkeypatch):
     """{table or "": [(L2 weight, names of the inputs) of its update operators]} of the training graph on CUDA"""
     monkeypatch.setattr(flow.one_embedding, "OneEmbeddingHandler", Handler)
 
+    monkeypatch.setitem(trainer_module.DEVICES, "cpu", CudaOnCpu)
+    monkeypatch.setattr(conftest, "enlarge_rows", lambda model: None)
+
     def build(*options):
-        trainer = make_trainer(shared_dataset_dir, tmp_path, *options)
-        for seed, name in enumerate(("embedding", "embedding_fm")):
-            table = getattr(trainer.model, name)
-            store = make_store_options("cached_host_mem", str(tmp_path), table.num_rows + 1, 64)
-            table._parameters.clear()
-            table.weight = OneEmbeddingTable(name, table.dim, trainer.placement, store, 10 + seed)
-            table.on_cuda = trainer.model.dnn.draws_masks = True
+        trainer = make_trainer(shared_dataset_dir, tmp_path, "--seed", "5", *options)
         [(ids, labels)] = random_batches(trainer.dataset, 1)
-        batch = Batch([(ids, labels)], ROWS, len(ids), trainer.dataset.num_rows)
+        batch, placement = batch_of(trainer.dataset, ids, labels), trainer.device.placement
         trainer.make_train_graph()
-        trainer.train_graph.build_graph(*[to_split(array, trainer.placement)
-                                          for array in (batch.ids, batch.labels, batch.weights)])
+        inputs = [to_split(array, placement) for array in (batch.ids, batch.labels, batch.weights)]
+        trainer.train_graph.build_graph(*inputs)
         found = {}
         for op in trainer.train_graph._full_job_proto.net.op:
             kind = op.user_conf.op_type_name

@@ -198,7 +198,8 @@ def test_loss_that_is_not_finite_stops_the_run(shared_dataset_dir, tmp_path):
 def test_other_processes_wait_until_the_first_listens(monkeypatch):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}.items():
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": server.getsockname()[1]}.items():
             monkeypatch.setenv(name, str(value))
         start = time.monotonic()
         wait_for_first_process(patience=0.2)  # nobody listens

@@ -25,22 +25,30 @@ Shape of the model and folders of the tables are read from the checkpoint. The i
 scores them once: use --max_rows where that takes too long.
 """
 
-import argparse
 import math
 import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.start_script()  # imports take seconds
+
+import deepfm_train_eval as trainer_code  # before SciPy and its users: see there
+
+# isort: split
+import matplotlib.pyplot as plt
 import numpy as np
+from plot_training import COLOURS, png_path, save
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainer's folder
-
-import matplotlib.pyplot as plt  # noqa: E402
-from plot_training import COLOURS, Parser, png_path, save  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import deepfm_train_eval as trainer_code  # noqa: E402
-from deepfm_train_eval import LABEL, Batch, Dataset, Split, Trainer, UserError  # noqa: E402
+from tools.trainer import checkpoints
+from tools.trainer.batches import Batch
+from tools.trainer.cli import Parser, UserError, number, shorten
+from tools.trainer.dataset import LABEL, Dataset, Split
+from tools.trainer.startup import prepare_run
 
 BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 
@@ -48,31 +56,22 @@ BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 # ------------------------------------------------------------------------------------------------------ model and data
 
 
-def trainer_arguments(args, state):
-    """Arguments with which the trainer would evaluate this checkpoint; state: of `read_checkpoint`."""
-    model, tables = state["model"], state["tables"]
-    options = {
-        "--data_dir": args.data_dir, "--model_load_dir": args.model_load_dir, "--device": args.device,
-        "--batch_size": args.batch_size or state["run"]["batch_size"],
-        "--embedding_vec_size": model["embedding_vec_size"], "--dnn": ",".join(map(str, model["dnn"])),
-        "--persistent_path": args.persistent_path or tables["embedding"]["path"],
-        "--persistent_path_fm": args.persistent_path_fm or tables["embedding_fm"]["path"]}
-    flags = ["--eval_only"] + ["--batch_norm"] * model["batch_norm"]
-    return trainer_code.parse_args([str(text) for pair in options.items() for text in pair] + flags)
-
-
 def load(args):
     """A Trainer with the checkpoint's model; its dataset has the val split only."""
-    state = trainer_code.read_checkpoint(args.model_load_dir)
+    state = checkpoints.read_checkpoint(args.model_load_dir)
     split = Split(str(Path(args.data_dir) / "val"), "val")
     missing = [name for name in (LABEL, *state["model"]["fields"]) if name not in split.columns]
     if missing:
-        raise UserError(f"{split.files[0]} lacks the columns {', '.join(missing)} of the checkpoint's data; give the "
+        raise UserError(f"{split.files[0]} lacks the columns {shorten(missing)} of the checkpoint's data; give the "
                         "--data_dir that it was trained on")
     dataset = Dataset({"val": split}, state["model"]["fields"], state["model"]["table_sizes"])
-    arguments = trainer_arguments(args, state)
-    stores = trainer_code.make_stores(arguments, dataset)
-    return Trainer(arguments, dataset, stores, checkpoint=args.model_load_dir)
+    options = {"data_dir": args.data_dir, "model_load_dir": args.model_load_dir, "device": args.device,
+               "batch_size": args.batch_size or state["run"]["batch_size"], "persistent_path": args.persistent_path,
+               "persistent_path_fm": args.persistent_path_fm}
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    trainer, _ = trainer_code.open_checkpoint(trainer_code.parse_args([*given, "--eval_only"]), args.model_load_dir,
+                                              dataset)
+    return trainer
 
 
 def read_ids(dataset, split, max_rows=None):
@@ -91,13 +90,13 @@ def read_ids(dataset, split, max_rows=None):
 
 def score(trainer, ids):
     """Probabilities float32 (n,) of the model for ids (n, F)."""
-    size, num_rows = trainer.args.batch_size, trainer.dataset.num_rows
+    size, num_ids = trainer.args.batch_size, trainer.dataset.num_ids
 
     def batches():
         for start in range(0, len(ids), size):
             part = ids[start:start + size]
             labels = np.zeros(len(part), np.float32)  # not used
-            yield Batch([(part, labels)], size, len(part), num_rows), labels
+            yield Batch([(part, labels)], size, len(part), num_ids), labels
 
     return trainer.score(batches(), len(ids), "val")[0]
 
@@ -110,12 +109,17 @@ def permuted(column, seed, repeat, field):
     return np.random.default_rng((seed, repeat, field)).permutation(column)
 
 
+def auc_and_logloss(labels, probs):
+    metrics = trainer_code.compute_metrics(labels, probs)
+    return metrics["auc"], metrics["logloss"]
+
+
 def importance(predict, ids, labels, repeats, seed):
     """Drop in AUC and rise in logloss by permuting each field: ((AUC, logloss), changes float64 (F, repeats, 2)).
 
     predict: ids (n, F) -> probabilities (n,). ids come back as they were.
     """
-    auc, logloss = trainer_code.auc_and_logloss(labels, predict(ids))
+    auc, logloss = auc_and_logloss(labels, predict(ids))
     if math.isnan(auc):
         raise UserError(f"all {len(labels)} labels are {labels[0]:g}, AUC needs both 0 and 1; use a larger --max_rows")
     changes = np.empty((ids.shape[1], repeats, 2))
@@ -123,7 +127,7 @@ def importance(predict, ids, labels, repeats, seed):
     for field, repeat in tqdm(jobs, unit=" scores", leave=False, disable=not sys.stderr.isatty()):
         column = ids[:, field].copy()
         ids[:, field] = permuted(column, seed, repeat, field)
-        new_auc, new_logloss = trainer_code.auc_and_logloss(labels, predict(ids))
+        new_auc, new_logloss = auc_and_logloss(labels, predict(ids))
         ids[:, field] = column
         changes[field, repeat] = auc - new_auc, new_logloss - logloss
     return (auc, logloss), changes
@@ -152,8 +156,8 @@ def draw(rows, title):
     height = BAR_HEIGHT * len(rows) + 1.1
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(BAR_CHART_WIDTH, height))
     names = [row[0] for row in rows]
-    for axes, label, number, colour in zip(panels, ("drop in AUC", "rise in logloss"), (1, 3), COLOURS):
-        axes.barh(names, [row[number] for row in rows], xerr=[row[number + 1] for row in rows], color=colour,
+    for axes, label, place, colour in zip(panels, ("drop in AUC", "rise in logloss"), (1, 3), COLOURS):
+        axes.barh(names, [row[place] for row in rows], xerr=[row[place + 1] for row in rows], color=colour,
                   height=0.7, error_kw={"elinewidth": 1, "ecolor": "#444444"})
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set_xlabel(label, fontsize=9)
@@ -173,14 +177,6 @@ def draw(rows, title):
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
-def bounded_int(low):
-    def convert(text):
-        if not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
-    return convert
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     model = parser.add_argument_group("data and model")
@@ -190,10 +186,10 @@ def parse_args(argv=None):
                        help="folder of the persistent store of the embedding, if it was moved since the checkpoint")
     model.add_argument("--persistent_path_fm", help="the same for the first-order (FM) embedding")
     work = parser.add_argument_group("work")
-    work.add_argument("--repeats", type=bounded_int(1), default=3, help="permutations per field")
-    work.add_argument("--seed", type=bounded_int(0), default=2022, help="seed of the permutations")
-    work.add_argument("--max_rows", type=bounded_int(1), help="use the first rows of val only")
-    work.add_argument("--batch_size", type=bounded_int(1), help="rows scored at a time, if other than in training")
+    work.add_argument("--repeats", type=number(int, 1), default=3, help="permutations per field")
+    work.add_argument("--seed", type=number(int, 0), default=2022, help="seed of the permutations")
+    work.add_argument("--max_rows", type=number(int, 1), help="use the first rows of val only")
+    work.add_argument("--batch_size", type=number(int, 1), help="rows scored at a time, if other than in training")
     work.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                       help="auto: cuda when OneFlow sees a GPU")
     parser.add_argument_group("output").add_argument("--output", type=png_path, metavar="FILE.png", help="bar chart")
@@ -201,6 +197,7 @@ def parse_args(argv=None):
 
 
 def run(args):
+    prepare_run(on_cpu=args.device != "cuda")
     trainer = load(args)
     ids, labels = read_ids(trainer.dataset, trainer.dataset.splits["val"], args.max_rows)
     (auc, logloss), changes = importance(partial(score, trainer), ids, labels, args.repeats, args.seed)
@@ -214,15 +211,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    return 0
+    return cli.run_tool(lambda: run(args))
 
 
 if __name__ == "__main__":

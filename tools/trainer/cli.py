@@ -7,6 +7,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
-        if os.environ.get("RANK", "0") in ("-1", "0"):  # OneFlow sets -1 in a process that was not launched
+        if launch_number("RANK", 0) == 0:
             with suppress(OSError):
                 sys.stderr.write(f"error: {message} (see --help)\n")
         sys.exit(2)
@@ -95,17 +96,21 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
 
 
-def environment_int(name, default):
-    """A whole number of at least -1 from an environment variable that a launcher sets. Raises: UserError"""
-    text = os.environ.get(name, str(default))
-    try:
-        value = int(text, 10)
-    except ValueError:
-        value = None
-    if value is None or not -1 <= value <= LARGEST:
+LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # OneFlow heeds them only all together
+
+
+def is_launched():
+    """Whether a launcher started this process as one of several."""
+    return all(name in os.environ for name in LAUNCH_VARIABLES)
+
+
+def launch_number(name, default):
+    """A launcher's number for this process, `default` without a launcher. Raises: UserError"""
+    text = os.environ.get(name, str(default)) if is_launched() else str(default)
+    if not re.fullmatch(r"\d{1,9}", text):
         raise UserError(f"the environment variable {name} is {brief(text)!r}, expected a whole number; unset it, or "
                         "let a launcher set it")
-    return value
+    return int(text)
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -142,15 +147,21 @@ def os_error_text(error, advice="free some, or choose another folder"):
 # ------------------------------------------------------------------------------------------------- signals, error line
 
 
-def handle_early_interrupt():
-    """End in one line when Ctrl-C comes while a script is still importing; there is nothing to clean up yet."""
+def start_script():
+    """Before a script's slow imports: let Ctrl-C end it in one line, and refuse what no launcher would set."""
 
     def end(*_):
         with suppress(OSError):
             os.write(2, b"error: interrupted\n")
-        os._exit(INTERRUPTED)
+        os._exit(INTERRUPTED)  # there is nothing to clean up yet
 
     signal.signal(signal.SIGINT, end)
+    try:
+        for name in LAUNCH_VARIABLES[1:]:
+            launch_number(name, 0)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
 def _terminated(*_):

@@ -190,16 +190,16 @@ def read_dataset_info(data_dir):
 
 def find_fields(info, splits, data_dir):
     """Names of the fields, which every split must have beside the label."""
-    columns = splits["train"].columns
-    fields = info.get("fields") or [name for name in columns if name != LABEL and not name.startswith("__index_level_")]
+    fields = info.get("fields") or columns_of_fields(splits["train"])
     for split in splits.values():
         missing = [name for name in (LABEL, *fields) if name not in split.columns]
         if missing:
             raise UserError(f"{split.files[0]} lacks the column{'s' * (len(missing) > 1)} {shorten(missing)}; its "
                             f"columns are {shorten(split.columns)}")
-        if not info and set(split.columns) != set(columns):
+        if not info and set(columns_of_fields(split)) != set(fields):
+            different = sorted(set(columns_of_fields(split)) ^ set(fields))
             raise UserError(f"the {split.name} split has columns {shorten(split.columns)}, but train has "
-                            f"{shorten(columns)}; not in both: {shorten(sorted(set(columns) ^ set(split.columns)))}")
+                            f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
         raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
     unusable = [name for name in fields if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
@@ -207,6 +207,11 @@ def find_fields(info, splits, data_dir):
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")
     return fields
+
+
+def columns_of_fields(split):
+    """Every column but the label and the index that pandas may have added."""
+    return [name for name in split.columns if name != LABEL and not name.startswith("__index_level_")]
 
 
 def agreed(argument, from_info, name):

@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from tools.trainer.cli import environment_int
+from tools.trainer.cli import LAUNCH_VARIABLES, is_launched, launch_number
 
 # what OneFlow says of a machine without a GPU or InfiniBand
 HARMLESS = ("libibverbs not available, ibv_fork_init skipped",
@@ -79,9 +79,9 @@ def wait_for_first_process(patience=60):
 
     See rpc_client.cpp. Gives up after `patience` seconds, because OneFlow says more clearly who is missing.
     """
-    if environment_int("RANK", 0) <= 0 or "MASTER_PORT" not in os.environ:
+    if launch_number("RANK", 0) == 0:
         return
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1"), environment_int("MASTER_PORT", 0)
+    address = os.environ["MASTER_ADDR"], launch_number("MASTER_PORT", 0)
     end = time.monotonic() + patience
     while time.monotonic() < end:
         with suppress(OSError), socket.create_connection(address, timeout=1):
@@ -125,12 +125,16 @@ def import_oneflow():
     """`import oneflow` without its side effects on this process: environment, Ctrl-C, messages."""
     environment, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     wait_for_first_process()
+    if not is_launched():
+        for name in LAUNCH_VARIABLES:  # some of them are set for other programs
+            os.environ.pop(name, None)
     with without_harmless_lines():
         import oneflow
 
         oneflow.cuda.is_available()  # looks for a driver, and says so, once
-    for name in set(os.environ) - set(environment):
+    for name in [name for name in os.environ if name not in environment]:
         del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)  # OneFlow's handler ends the process at once
     return oneflow

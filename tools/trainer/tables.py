@@ -291,7 +291,7 @@ def check_folder(folder, dim):
             raise UserError(f"{path} is {read_number(path)}, expected {number}; the table is damaged or of another "
                             "sort: use another checkpoint")
     chunks = [path for number in chunk_numbers(folder) for path in chunk_files(folder, number)]
-    for path in [os.path.join(folder, "LOCK"), *chunks]:
+    for path in [os.path.join(folder, "LOCK"), *filter(os.path.lexists, chunks)]:  # a kill may have left half a chunk
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing or not a file; use another checkpoint")
     if max(chunk_numbers(folder), default=0) > MAX_CHUNKS:

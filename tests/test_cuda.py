@@ -4,26 +4,18 @@ Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_
 """
 
 import os
-import re
 
 import numpy as np
 import oneflow as flow
 import pytest
-from conftest import run_trainer
+from conftest import enlarge_rows, metrics_lines, run_trainer, values_of
 from reference import Reference
 
 import deepfm_train_eval as trainer_module
-from deepfm_train_eval import (
-    Batch,
-    OneEmbedding,
-    OneEmbeddingTable,
-    Trainer,
-    make_store_options,
-    make_stores,
-    parse_args,
-    read_dataset,
-    to_split,
-)
+from deepfm_train_eval import Cuda, OneEmbedding, OneEmbeddingTable, parse_args, read_dataset, start_trainer, to_split
+from tools.trainer.batches import Batch
+from tools.trainer.checkpoints import prepare_new_run
+from tools.trainer.tables import TableStore
 
 pytestmark = pytest.mark.skipif(not flow.cuda.is_available(), reason="OneFlow sees no CUDA device")
 
@@ -33,12 +25,6 @@ STORES = ("device_mem", "cached_host_mem", "cached_ssd")
 CUDA = ("--device", "cuda", "--loss_print_interval", "10")
 
 
-def metrics(output, split):
-    """(AUC, logloss) of the last line of a split in the trainer's output."""
-    values = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)[-1]
-    return tuple(map(float, values))
-
-
 def train_then_evaluate(data_dir, work, train_options, eval_options):
     """Train 50 steps, then score the best checkpoint in a fresh process -> val and test metrics of both"""
     save = work / "save"
@@ -46,7 +32,7 @@ def train_then_evaluate(data_dir, work, train_options, eval_options):
                              timeout=1800)
     scored, _ = run_trainer(data_dir, work, *eval_options, "--eval_only", "--model_load_dir", save / "best_checkpoint",
                             timeout=1800)
-    return [[*metrics(output, "val"), *metrics(output, "test")] for output in (trained, scored)]
+    return [[*metrics_lines(output, "val")[-1], *metrics_lines(output, "test")[-1]] for output in (trained, scored)]
 
 
 @pytest.mark.parametrize("store_type", STORES)
@@ -75,9 +61,9 @@ def test_checkpoints_move_between_devices(distinct_dataset_dir, tmp_path, first,
 @pytest.mark.parametrize("store_type", STORES)
 def test_lookups_return_the_initial_distribution(tmp_path, store_type):
     """Fresh rows come from N(0, 1e-4), and the same id gives the same row."""
-    placement = flow.placement("cuda", [0])
-    options = make_store_options(store_type, str(tmp_path), 5001, 64)
-    table = OneEmbedding(f"lookup_{store_type}", 5000, 8, placement, store_options=options)
+    device = Cuda()
+    store = TableStore(f"lookup_{store_type}", "persistent_path", str(tmp_path), 8, 5000)
+    table = OneEmbedding(device, device.make_table(store, 0, 0, store_type, 64), 8)
 
     class Lookup(flow.nn.Graph):
         def __init__(self):
@@ -88,7 +74,7 @@ def test_lookups_return_the_initial_distribution(tmp_path, store_type):
             return self.table(ids)
 
     ids = np.tile(np.arange(5000).reshape(-1, 2), (2, 1))
-    rows = Lookup()(to_split(ids, placement)).to_local().numpy()
+    rows = Lookup()(to_split(ids, device.placement)).to_local().numpy()
     assert rows.shape == (5000, 2, 8) and rows.std() == pytest.approx(1e-4, rel=0.05)
     assert (rows[:2500] == rows[2500:]).all()
 
@@ -103,37 +89,28 @@ def test_steps_equal_the_reference(shared_dataset_dir, tmp_path, monkeypatch, st
 
     def trainer_on(device, checkpoint=None):
         args = parse_args([*common, "--device", device])
-        dataset = read_dataset(args)
-        return Trainer(args, dataset, make_stores(args, dataset), "test", checkpoint)
+        return start_trainer(args, read_dataset(args.data_dir), checkpoint, run_id="test")
 
-    def values_of(trainer):
-        state = {name: value.to_local().numpy().copy() for name, value in trainer.model.state_dict().items()}
-        values = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("dnn.")}
-        return {**values, "embedding": state["embedding.weight"], "embedding_fm": state["embedding_fm.weight"]}
-
-    on_cpu = trainer_on("cpu")
-    for table in (on_cpu.model.embedding, on_cpu.model.embedding_fm):
-        rows = table.weight.detach().to_local().numpy()
-        rows[:-1] = np.random.default_rng(5).normal(size=rows[:-1].shape) * 0.3
-    reference = Reference(values_of(on_cpu), on_cpu.args.learning_rate, max_grad_norm=float(clip))
+    on_cpu, saver = trainer_on("cpu")
+    enlarge_rows(on_cpu.model)
+    reference = Reference(values_of(on_cpu.model), on_cpu.args.learning_rate, max_grad_norm=float(clip))
     reference.lazy = True  # on CUDA also with clipping
-    for folder in ("t", "f", "save"):
-        (tmp_path / folder).mkdir()
-    on_cpu.save(["start"])
+    prepare_new_run(saver.save_dir, saver.stores)
+    saver.save(on_cpu, ["start"])
 
     # OneFlow keeps a table until the process ends, and takes no second one of its name
     monkeypatch.setattr(trainer_module, "OneEmbeddingTable",
                         lambda name, *args: OneEmbeddingTable(f"{name}_{store_type}_{clip}", *args))
-    on_cuda = trainer_on("cuda", str(tmp_path / "save" / "start"))
+    on_cuda, saver = trainer_on("cuda", str(tmp_path / "save" / "start"))
     rng = np.random.default_rng(3)
     for _ in range(10):
         dataset = on_cuda.dataset
         ids = np.stack([rng.integers(low, high, 32) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
         labels = (rng.random(32) < 0.4).astype(np.float32)
-        loss = on_cuda.train_step(Batch([(ids, labels)], 32, 32, dataset.num_rows))
+        loss = on_cuda.train_step(Batch([(ids, labels)], 32, 32, dataset.num_ids))
         assert float(loss.to_local().numpy()) == pytest.approx(reference.train(ids, labels), abs=1e-4)
-    on_cuda.save(["end"])
+    saver.save(on_cuda, ["end"])
 
-    back = trainer_on("cpu", str(tmp_path / "save" / "end"))  # the rows that OneEmbedding saved, read on CPU
-    for name, value in values_of(back).items():
+    back, _ = trainer_on("cpu", str(tmp_path / "save" / "end"))  # the rows that OneEmbedding saved, read on CPU
+    for name, value in values_of(back.model).items():
         assert np.abs(value - reference.values[name]).max() < 1e-4, name

@@ -26,8 +26,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
 from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
-from parquet_common import Parser
+
+from tools.trainer import cli
+from tools.trainer.cli import Parser, UserError, int_list, number
 
 TOOLS = Path(__file__).resolve().parent
 LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
@@ -77,7 +80,7 @@ def run_measured(command, **options):
     """Run a command that prints {"seconds": ...} as its last line; returns that dict with process_seconds and peak_mb.
 
     process_seconds is the whole process with its start and imports, peak_mb the largest resident size of the process
-    or of one of its children. Raises RuntimeError with the command's messages when it fails.
+    or of one of its children. Raises UserError with the command's messages when it fails.
     """
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
@@ -88,7 +91,7 @@ def run_measured(command, **options):
         output.seek(0)
         lines = output.read().splitlines()
     if status != 0:
-        raise RuntimeError(f"{' '.join(map(str, command[:1]))} failed:\n" + "\n".join(lines[-15:]))
+        raise UserError(f"{' '.join(map(str, command[:1]))} failed:\n" + "\n".join(lines[-15:]))
     return {**json.loads(lines[-1]), "process_seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
 
 
@@ -214,7 +217,7 @@ def train(data_dir, options, interval, steps, processes=None, last_event=("train
 
     Returns {"ms_per_step", "samples_per_second": means without the first line, "first_line_seconds": from the start,
     "peak_mb": sum over the trainer's processes, "processes", "threads", "lines": of metrics.jsonl}.
-    Raises RuntimeError with the trainer's last messages when it ends before.
+    Raises UserError with the trainer's last messages when it ends before.
     """
     environment = {**os.environ, "DATA_DIR": str(data_dir)}
     if processes:
@@ -236,7 +239,7 @@ def train(data_dir, options, interval, steps, processes=None, last_event=("train
                     break
                 if ended or time.perf_counter() - start > timeout:
                     output.seek(0)
-                    raise RuntimeError("the training run failed:\n" + "".join(output.readlines()[-15:]))
+                    raise UserError("the training run failed:\n" + "".join(output.readlines()[-15:]))
                 time.sleep(0.02)
             peak = peak_memory(process.pid)
         finally:
@@ -542,8 +545,8 @@ def scale_checkpoint(args):
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
         apart(make_dataset, Path(work) / "data", (8000, 1000, 1000), args.fields[0], args.save_rows)
         results = take_turns({"checkpoint": run}, args.repeats)["checkpoint"]
-    names = ("save_seconds", "load_seconds", "bytes_per_row", "peak_mb")
-    print_table(["rows", "save s", "load s", "bytes/row on disk", "peak MB"],
+    names = ("save_seconds", "load_seconds", "check_seconds", "bytes_per_row", "peak_mb")
+    print_table(["rows", "save s", "load s", "of it checksums s", "bytes/row on disk", "peak MB"],
                 [[args.save_rows, *(f"{median(results, name):.1f}" for name in names)]])  # fmt: skip
     write_json(args.json, {"settings": settings(args), "runs": results})
 
@@ -551,18 +554,7 @@ def scale_checkpoint(args):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def int_list(text):
-    try:
-        values = [int(value) for value in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}', expected whole numbers of at least 1, separated by commas")
-    return values
-
-
-def natural(text):
-    return int_list(text)[0] if "," not in text else int_list("")
+natural = number(int, 1)
 
 
 def update_list(text):
@@ -635,12 +627,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        args.work(args)
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return cli.run_tool(lambda: args.work(args))
 
 
 if __name__ == "__main__":

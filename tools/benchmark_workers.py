@@ -24,14 +24,16 @@ def make_dataset(folder, rows, fields, table_rows):
     """A dataset for the trainer in folder: `rows` = (train, val, test), `fields` tables of `table_rows` together.
 
     Ids are log-uniform in their table: few are frequent and many are rare, as in Criteo.
-    Numbers of rows are rounded up to whole row groups. Raises RuntimeError when a field would be without rows.
+    Numbers of rows are rounded up to whole row groups. Raises UserError when a field would be without rows.
     """
     import numpy as np
     import pyarrow as pa
     from parquet_common import parquet_writer
 
+    from tools.trainer.cli import UserError
+
     if table_rows < fields:
-        raise RuntimeError(f"--table_rows {table_rows} is below --fields {fields}; every field needs a row")
+        raise UserError(f"--table_rows {table_rows} is below --fields {fields}; every field needs a row")
     rng = np.random.default_rng(0)
     sizes = [table_rows // fields + (f < table_rows % fields) for f in range(fields)]
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -120,12 +122,16 @@ def make_h5(dataset_dir, folder):
 
 
 def open_trainer(spec):
-    """(the trainer's module, a Trainer for a new run) in this process; spec: data_dir, work_dir, options."""
+    """(the trainer's module, Trainer and Checkpointer of a new run) in this process; spec: data_dir, work_dir, options.
+
+    Threads are scheduled as in a training run.
+    """
     module = import_trainer()
     args = module.parse_args(
         ["--data_dir", spec["data_dir"], "--persistent_path", f"{spec['work_dir']}/tables",
          "--persistent_path_fm", f"{spec['work_dir']}/tables_fm", "--overwrite_tables", *spec["options"]])  # fmt: skip
-    return module, module.start_run(args, module.read_dataset(args))[0]
+    module.prepare_run(on_cpu=args.device == "cpu")
+    return (module, *module.start_run(args, module.read_dataset(args.data_dir))[:2])
 
 
 def import_trainer():
@@ -224,7 +230,7 @@ def wait_for_all(spec):
 
 def steps_worker(spec):
     """Steps on one batch over and over, through the trainer's classes: no reading, no shuffling."""
-    module, trainer = open_trainer(spec)
+    module, trainer, _ = open_trainer(spec)
     batch = next(module.batches_of_epoch(trainer))
     for step_number in range(spec["warmup"] + spec["steps"]):
         if step_number == spec["warmup"]:
@@ -243,12 +249,12 @@ def loader_worker(spec):
     In the first one the process gets its memory from the system, which takes as long again on a virtual machine.
     """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    module, trainer_options = import_trainer(), ["--persistent_path", "a", "--persistent_path_fm", "b"]
-    args = module.parse_args(["--data_dir", spec["data_dir"], "--device", "cpu", *trainer_options])
-    dataset = module.read_dataset(args)
+    module = import_trainer()
+    dataset = module.read_dataset(spec["data_dir"])
     for epoch in (1, 2):
         start = time.perf_counter()
-        rows = sum(batch.num_valid for batch in module.train_batches(dataset, spec["batch_size"], 0, epoch, 0, 1))
+        rows = sum(batch.num_valid for batch in module.train_batches(
+            module.read_rows, dataset, spec["batch_size"], seed=0, epoch=epoch, rank=0, world_size=1))
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     for number in range(5):
@@ -267,7 +273,7 @@ def metrics_worker(spec):
     probs = rng.random(spec["rows"], np.float32)
     before = peak_of_this_process()
     start = time.perf_counter()
-    module.auc_and_logloss(labels, probs)
+    module.compute_metrics(labels, probs)
     seconds = time.perf_counter() - start
     extra = (peak_of_this_process() - before) / spec["rows"]
     return {"seconds": seconds, "held_bytes": (labels.nbytes + probs.nbytes) / spec["rows"], "extra_bytes": extra}
@@ -278,17 +284,21 @@ def peak_of_this_process():
 
 
 def checkpoint_worker(spec):
-    """Build the tables, take one step, save, load; in one process."""
-    module, trainer = open_trainer(spec)
-    rows = trainer.dataset.num_rows
+    """Build the tables, take one step, save, load; in one process. Loading compares checksums first."""
+    module, trainer, checkpointer = open_trainer(spec)
+    rows = trainer.dataset.num_ids
     module.check_finite(trainer.train_step(next(module.batches_of_epoch(trainer))), trainer)
     start = time.perf_counter()
-    trainer.save(["saved"])
+    checkpointer.save(trainer, ["saved"])
     saved = time.perf_counter()
-    trainer.load(os.path.join(trainer.save_dir, "saved"))
+    folder = os.path.join(checkpointer.save_dir, "saved")
+    checkpointer.prepare(folder, copy_rows=False)
+    checked = time.perf_counter()
+    checkpointer.load(trainer, folder)
     loaded = time.perf_counter()
     size = sum(path.stat().st_size for path in Path(spec["work_dir"]).rglob("*") if path.is_file())
-    return {"save_seconds": saved - start, "load_seconds": loaded - saved, "bytes_per_row": size / rows}
+    return {"save_seconds": saved - start, "check_seconds": checked - saved, "load_seconds": loaded - saved,
+            "bytes_per_row": size / rows}  # fmt: skip
 
 
 WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "loader": loader_worker,

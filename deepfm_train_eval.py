@@ -33,7 +33,7 @@ if __name__ == "__main__":
     start_script()  # imports take seconds
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
-from tools.trainer.startup import BLAS, flow, prepare_run
+from tools.trainer.startup import flow, prepare_run
 
 # isort: split
 import numpy as np
@@ -75,8 +75,8 @@ from tools.trainer.dataset import (
 )
 from tools.trainer.files import hold, sync
 from tools.trainer.plateau import Plateau
-from tools.trainer.processes import give_up, on_rank0, print_rank0, progress_bar, rank, world_size
-from tools.trainer.run_log import MetricsLog, StepClock, host_memory
+from tools.trainer.processes import give_up, on_rank0, print_rank0, progress_bar, rank, to_split, world_size
+from tools.trainer.run_log import MetricsLog, StepClock, describe, host_memory
 from tools.trainer.tables import BLOCK_SIZE, SIZE_FACTOR, TableStore
 
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
@@ -201,7 +201,7 @@ def add_storage_options(parser):
 def parse_args(argv=None):
     """Parse and cross-check; what needs the data files or a checkpoint is checked when they are read.
 
-    Derived: args.device is "cuda" or "cpu", args.given the names of the options that stand on the command line.
+    Derived: args.device names one of DEVICES, args.given has the names of the options that are on the command line.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -346,15 +346,15 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# OneEmbedding, and what else differs between devices
+# OneEmbedding, and what else is of its own on CUDA
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class OneEmbedding(nn.Module):
     """Rows of all fields in one table, looked up by global id; ids of fields never collide.
 
-    cuda: OneFlow's MultiTableEmbedding (`Cuda.make_table`). cpu: OneEmbedding has no CPU kernels, so the table is a
-    parameter in host memory, split over the processes, with the same rule of update (`Cpu`).
+    On CUDA it is OneFlow's MultiTableEmbedding (`Cuda.make_table`). OneEmbedding has no CPU kernels, so without CUDA it
+    is a parameter in host memory, split over the processes, with the same rule of update (tools/trainer/cpu.py).
 
     Row `num_ids` is the padding row: it is looked up by padding samples only and gets zero gradients. It never moves,
     but for the decay of looked-up rows on CUDA.
@@ -398,24 +398,6 @@ class OneEmbeddingTable(flow.one_embedding.MultiTableEmbedding):
         nn.Module._load_from_state_dict(self, *args)
 
 
-class TableDecayAdam(flow.optim.Adam):
-    """Adam in a graph that adds l2 * w to the gradients of `tables` only, after all gradients were clipped together.
-
-    In a parameter group of their own the tables could have weight_decay, but a group that is clipped must have
-    OneEmbedding's tables in it (ClipGradByGlobalNorm in replace_embedding_ops_pass.cpp).
-    """
-
-    def __init__(self, groups, tables, l2, **options):
-        super().__init__(groups, **options)
-        self.tables, self.l2 = tables, l2
-
-    def _generate_conf_for_graph(self, train_conf, vars_conf):
-        groups = super()._generate_conf_for_graph(train_conf, vars_conf)
-        for table in self.tables:
-            vars_conf[table].l2 = self.l2
-        return groups
-
-
 class Cuda:
     """GPUs. What this relies on was read in OneFlow's sources at v0.8.0 and v0.9.0 (not run here on a GPU):
 
@@ -430,8 +412,8 @@ class Cuda:
     """
 
     name = "cuda"
+    one_embedding = True  # it keeps and updates the tables, and goes on writing to the files of a snapshot
     feeds_masks = False  # they are drawn in the graph
-    appends = True  # OneEmbedding goes on writing to the files of a snapshot
 
     def __init__(self):
         self.placement = flow.placement(self.name, list(range(world_size())))
@@ -452,14 +434,6 @@ class Cuda:
     def load_rows(self, table, store, saved, with_moments):
         table.load_snapshot(saved["snapshot"])
         return {}
-
-    def add_optimizer(self, graph, tables, dense, learning_rate, embedding_l2, clip):
-        """Adam that moves looked-up rows. L2 decays them, and is not clipped."""
-        groups = [{"params": tables + dense, **clip}]
-        graph.add_optimizer(TableDecayAdam(groups, tables, embedding_l2, lr=learning_rate, betas=ADAM_BETAS))
-
-    def l2_terms(self, tables, embedding_l2):
-        return []
 
     def sum_over_fields(self, x, dim):
         """(B, F*D) -> (B, D)"""
@@ -491,69 +465,7 @@ class Cuda:
             yield "On CUDA --embedding_l2 decays looked-up rows only, and --max_grad_norm does not clip the decay"
 
 
-class Cpu:
-    """One or several processes without a GPU; arithmetic that OneFlow is slow at is in tools/trainer/cpu.py."""
-
-    name = "cpu"
-    feeds_masks = True
-    appends = False
-    look_up = staticmethod(cpu.look_up)
-    sum_over_fields = staticmethod(cpu.sum_over_fields)
-    repeat_rows = staticmethod(cpu.repeat_rows)
-
-    def __init__(self):
-        self.placement = flow.placement(self.name, list(range(world_size())))
-
-    def make_table(self, store, seed, number, *_):
-        return nn.Parameter(cpu.new_table(store.num_ids, store.dim, self.placement, seed, number))
-
-    def save_rows(self, table, store, snapshot, moments):
-        """moments: Adam's m and v as tensors like the table, None before the first step."""
-        arrays = [None if tensor is None else tensor.detach().to_local().numpy() for tensor in (table, *moments)]
-        store.write_snapshot(snapshot, cpu.blocks_of_rows(arrays, store.num_ids))
-
-    def load_rows(self, table, store, saved, with_moments):
-        """Fill this process's rows from a snapshot of any number of processes; returns {"m": tensor, "v": tensor}."""
-        value = table.detach().to_local().numpy()
-        moments = [np.zeros_like(value) for _ in range(2 if with_moments else 0)]
-        cpu.fill_rows([value, *moments], store.num_ids, store.read_snapshot(saved["snapshot"], saved["processes"]))
-        return {name: to_split(array, self.placement) for name, array in zip("mv", moments)}
-
-    def add_optimizer(self, graph, tables, dense, learning_rate, embedding_l2, clip):
-        """Lazy Adam for the tables, which moves looked-up rows; with L2 or clipping every row moves, as in FuxiCTR."""
-
-        def adam(parameters, **options):
-            return flow.optim.Adam([{"params": parameters, **options}], lr=learning_rate, betas=ADAM_BETAS)
-
-        if embedding_l2 > 0 or clip:
-            graph.add_optimizer(adam(tables + dense, **clip))
-        else:
-            lazy = adam(tables, do_bias_correction=False)
-            graph.add_optimizer(lazy, lr_sch=cpu.BiasCorrection(lazy, ADAM_BETAS), is_sparse=True)
-            graph.add_optimizer(adam(dense))
-
-    def l2_terms(self, tables, embedding_l2):
-        """Parts of the loss, so that they are clipped too: l2 / 2 * sum of squares of all rows, per table."""
-        return [0.5 * embedding_l2 * cpu.sum_of_squares(table) for table in tables] if embedding_l2 > 0 else []
-
-    def draw_masks(self, *_):
-        return ()
-
-    def memory(self):
-        return {}
-
-    def notes(self, args):
-        yield f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect"
-        if args.embedding_l2 > 0 or args.max_grad_norm > 0:
-            yield "With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR"
-
-
-DEVICES = {device.name: device for device in (Cuda, Cpu)}
-
-
-def to_split(array, placement):
-    """This process's rows as a global tensor that is split over the processes."""
-    return flow.from_numpy(array).to_global(placement, flow.sbp.split(0))
+DEVICES = {device.name: device for device in (Cuda, cpu.Cpu)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,6 +641,53 @@ def build_model(args, device, tables, num_fields):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class TableDecayAdam(flow.optim.Adam):
+    """Adam in a graph that adds l2 * w to the gradients of `tables` only, after all gradients were clipped together.
+
+    In a parameter group of their own the tables could have weight_decay, but a group that is clipped must have
+    OneEmbedding's tables in it (ClipGradByGlobalNorm in replace_embedding_ops_pass.cpp).
+    """
+
+    def __init__(self, groups, tables, l2, **options):
+        super().__init__(groups, **options)
+        self.tables, self.l2 = tables, l2
+
+    def _generate_conf_for_graph(self, train_conf, vars_conf):
+        groups = super()._generate_conf_for_graph(train_conf, vars_conf)
+        for table in self.tables:
+            vars_conf[table].l2 = self.l2
+        return groups
+
+
+def add_optimizer(graph, device, tables, dense, *, learning_rate, embedding_l2, max_grad_norm):
+    """Adam for the parameters of the tables and for all others, the dense ones.
+
+    OneEmbedding moves looked-up rows. So does the lazy update on CPU, but with L2 or clipping every row moves there, as
+    in FuxiCTR. L2 on OneEmbedding's tables decays looked-up rows and is not clipped; on CPU it is `l2_terms`.
+    """
+    clip = {"clip_grad_max_norm": max_grad_norm, "clip_grad_norm_type": 2.0} if max_grad_norm > 0 else {}
+
+    def adam(parameters, **options):
+        return flow.optim.Adam([{"params": parameters, **options}], lr=learning_rate, betas=ADAM_BETAS)
+
+    if device.one_embedding:
+        groups = [{"params": tables + dense, **clip}]
+        graph.add_optimizer(TableDecayAdam(groups, tables, embedding_l2, lr=learning_rate, betas=ADAM_BETAS))
+    elif embedding_l2 > 0 or clip:
+        graph.add_optimizer(adam(tables + dense, **clip))
+    else:
+        lazy = adam(tables, do_bias_correction=False)
+        graph.add_optimizer(lazy, lr_sch=cpu.BiasCorrection(lazy, ADAM_BETAS), is_sparse=True)
+        graph.add_optimizer(adam(dense))
+
+
+def l2_terms(device, tables, embedding_l2):
+    """Parts of the loss, so that they are clipped too: l2 / 2 * sum of squares of all rows of each table."""
+    if device.one_embedding or embedding_l2 == 0:
+        return []
+    return [0.5 * embedding_l2 * cpu.sum_of_squares(table) for table in tables]
+
+
 class TrainGraph(nn.Graph):
     """One training step: forward, backward, Adam. The learning rate is compiled in: see `Trainer.make_train_graph`."""
 
@@ -739,8 +698,8 @@ class TrainGraph(nn.Graph):
         self.model, self.device, self.embedding_l2 = model, device, embedding_l2
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
         tables = [parameter for table in model.tables().values() for parameter in table.parameters()]
-        clip = {"clip_grad_max_norm": max_grad_norm, "clip_grad_norm_type": 2.0} if max_grad_norm > 0 else {}
-        device.add_optimizer(self, tables, model.dense_parameters(), learning_rate, embedding_l2, clip)
+        add_optimizer(self, device, tables, model.dense_parameters(), learning_rate=learning_rate,
+                      embedding_l2=embedding_l2, max_grad_norm=max_grad_norm)
         if amp:
             self.config.enable_amp(True)
             self.set_grad_scaler(
@@ -754,7 +713,7 @@ class TrainGraph(nn.Graph):
         loss = (self.loss(logits, labels) * weights).sum()
         objective = loss
         tables = [self.model.embedding.weight, self.model.embedding_fm.weight]
-        for term in self.device.l2_terms(tables, self.embedding_l2):
+        for term in l2_terms(self.device, tables, self.embedding_l2):
             objective = objective + term
         objective.backward()
         return (loss.to_global(sbp=flow.sbp.broadcast), *statistics)
@@ -1139,14 +1098,15 @@ def open_checkpoint(args, folder, dataset=None):
 def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
     """(Trainer, its Checkpointer); folder: checkpoint to load, or None for a new model; run_id: of this run."""
     device, tables = DEVICES[args.device](), make_tables(args, dataset.num_ids)
-    checkpointer = checkpoints.Checkpointer(save_dir_of(args), tables, run_id, args.keep_checkpoints, device.appends,
-                                            not args.skip_checksums)
+    checkpointer = checkpoints.Checkpointer(
+        save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
+        checksums=not args.skip_checksums)
     if folder:
         model = checkpoints.read_checkpoint(folder)["model"]
         if (model["fields"], model["table_sizes"]) != (dataset.fields, dataset.table_sizes):
             raise UserError(f"{folder} was trained on other fields or table sizes than those of --data_dir "
                             f"{args.data_dir}; use the data it was trained on")
-        checkpointer.prepare(folder, copy_rows=device.appends)
+        checkpointer.prepare(folder, copy_rows=device.one_embedding)
     trainer = Trainer(args, dataset, device, tables)
     if folder:
         checkpointer.load(trainer, folder, to_train)
@@ -1195,27 +1155,6 @@ def hold_folders(args, held):
         hold(path, held, f"another run is training with the tables in {path}; wait for its end or stop it")
     if args.model_save_dir:
         hold(args.model_save_dir, held, f"another run is saving to {args.model_save_dir}; wait for its end or stop it")
-
-
-def describe(trainer):
-    """A few lines on what will run."""
-    args, dataset = trainer.args, trainer.dataset
-    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "all"
-    print_rank0(f"OneFlow {flow.__version__}, device {args.device}, {world_size()} process(es), {threads} thread(s) "
-                f"each, {len(os.sched_getaffinity(0))} cores, BLAS: {BLAS or 'OneFlow built-in'}")
-    if dataset.splits:
-        counts = ", ".join(f"{name} {split.num_rows}" for name, split in dataset.splits.items())
-        steps = steps_per_epoch(dataset.splits["train"], args.batch_size, world_size())
-        print_rank0(f"Data {args.data_dir}: {len(dataset.fields)} fields, rows {counts}, "
-                    f"{steps} batches of {args.batch_size} per epoch")
-    width, dense = args.embedding_vec_size + 1, sum(p.numel() for p in trainer.model.dense_parameters())
-    print_rank0(f"Tables: {dataset.num_ids} rows x ({args.embedding_vec_size} + 1), "
-                f"{dataset.num_ids * width * 4 * SIZE_FACTOR / 2**20:.1f} MiB with Adam's moments; parameters "
-                f"{dataset.num_ids * width + dense} ({dataset.num_ids} x {width} + {dense})")
-    for line in trainer.device.notes(args):
-        print_rank0(line)
-    print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; tables on disk: {args.persistent_path}, "
-                f"{args.persistent_path_fm}; logs: {args.log_dir or 'none'}")
 
 
 def run(args):

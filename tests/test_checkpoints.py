@@ -659,6 +659,28 @@ def test_other_number_of_processes(finished, finished_by_two, shared_dataset_dir
     assert after["System-Train-TrainStep"].item() == end
     change = np.abs(after["embedding"] - before["embedding"])
     assert 0 < change[:, :DIM].max() < 0.05  # two steps of Adam at 0.01, from the rows and moments that were saved
+    looked_up = rows_of_steps(shared_dataset_dir, range(start, end))
+    assert 5 < len(looked_up) < NUM_ROWS - 5
+    for table, dim in (("embedding", DIM), ("embedding_fm", 1)):
+        assert before[table][:, dim:].any(axis=1).sum() > NUM_ROWS // 2
+        for row in range(NUM_ROWS):  # m decays in the rows that were looked up, and v grows; others stay bit for bit
+            assert (row in looked_up) != np.array_equal(before[table][row], after[table][row]), row
+        moved = sorted(looked_up)
+        m, new_m = (values[table][moved, dim:2 * dim] for values in (before, after))
+        v, new_v = (values[table][moved, 2 * dim:] for values in (before, after))
+        assert (new_v >= 0.999**2 * v - 1e-12).all() and np.abs(new_m - m).max() < 1
+
+
+def rows_of_steps(data_dir, steps, batch_size=64, seed=2022):
+    """Ids that the training batches of some steps look up."""
+    dataset, found = trainer_module.read_dataset(str(data_dir)), set()
+    per_epoch = trainer_module.steps_per_epoch(dataset.splits["train"], batch_size, 1)
+    for step in steps:
+        epoch, first = divmod(step, per_epoch)
+        batch = next(trainer_module.train_batches(trainer_module.read_rows, dataset, batch_size, seed=seed,
+                                                  epoch=epoch + 1, rank=0, world_size=1, first_step=first))
+        found |= set(batch.ids[:batch.num_valid].ravel().tolist())
+    return found
 
 
 SLOW = """

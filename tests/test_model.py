@@ -5,9 +5,9 @@ import oneflow as flow
 import pytest
 from reference import second_order_by_loops
 
-from deepfm_train_eval import DNN, FM, Cpu, Cuda, build_model, make_tables, parse_args
+from deepfm_train_eval import DNN, FM, Cuda, build_model, make_tables, parse_args
 from tools.trainer.batches import draw_masks, keep_probability
-from tools.trainer.cpu import initial_rows
+from tools.trainer.cpu import Cpu, initial_rows
 
 CPU = Cpu()
 

@@ -204,7 +204,7 @@ class Checkpointer:
     appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading.
     """
 
-    def __init__(self, save_dir, stores, run_id=None, keep=2, appends=False, checksums=True):
+    def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, checksums=True):
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
         self.keep, self.appends, self.checksums = keep, appends, checksums
 

@@ -1,7 +1,6 @@
-"""What OneFlow does not do, or not fast enough, on a CPU: rows of an embedding table in host memory, and arithmetic.
+"""The CPU as a device: what OneFlow does not do there, tables in host memory, or not fast enough, some arithmetic.
 
-Each function says the plain formula that it stands for. The gains are of one training step of the launcher's recipe,
-measured as tools/BENCHMARKS.md says.
+Each function of the arithmetic says the plain formula that it stands for.
 """
 
 import math
@@ -9,7 +8,7 @@ import math
 import numpy as np
 
 from tools.trainer.cli import UserError
-from tools.trainer.processes import rank, world_size
+from tools.trainer.processes import rank, to_split, world_size
 from tools.trainer.startup import flow
 
 INIT_STD = 1e-4  # standard deviation of new embedding rows
@@ -155,3 +154,47 @@ class BiasCorrection(flow.optim.lr_scheduler._LRScheduler):
             conf.scales.append(math.sqrt(1 - beta2**t) / (1 - beta1**t))
             conf.boundaries.append(t - 1)  # last step, from 0, that has the scale
         conf.scales.append(1.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- device
+
+
+class Cpu:
+    """One or several processes without a GPU; the methods are those of `Cuda` in deepfm_train_eval.py."""
+
+    name = "cpu"
+    one_embedding = False
+    feeds_masks = True
+    look_up = staticmethod(look_up)
+    sum_over_fields = staticmethod(sum_over_fields)
+    repeat_rows = staticmethod(repeat_rows)
+
+    def __init__(self):
+        self.placement = flow.placement(self.name, list(range(world_size())))
+
+    def make_table(self, store, seed, number, *_):
+        return flow.nn.Parameter(new_table(store.num_ids, store.dim, self.placement, seed, number))
+
+    def save_rows(self, table, store, snapshot, moments):
+        """moments: Adam's m and v as tensors like the table, None before the first step."""
+        arrays = [None if tensor is None else tensor.detach().to_local().numpy() for tensor in (table, *moments)]
+        store.write_snapshot(snapshot, blocks_of_rows(arrays, store.num_ids))
+
+    def load_rows(self, table, store, saved, with_moments):
+        """Fill this process's rows from a snapshot of any number of processes; returns {"m": tensor, "v": tensor}."""
+        value = table.detach().to_local().numpy()
+        moments = [np.zeros_like(value) for _ in range(2 if with_moments else 0)]
+        fill_rows([value, *moments], store.num_ids, store.read_snapshot(saved["snapshot"], saved["processes"]))
+        return {name: to_split(array, self.placement) for name, array in zip("mv", moments)}
+
+    def draw_masks(self, *_):
+        """Masks are fed: `batches.draw_masks`."""
+        return ()
+
+    def memory(self):
+        return {}
+
+    def notes(self, args):
+        yield f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect"
+        if args.embedding_l2 > 0 or args.max_grad_norm > 0:
+            yield "With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR"

@@ -32,6 +32,11 @@ def progress_bar(total, unit, what, done=0):
     return tqdm(total=total, initial=done, unit=unit, desc=what, leave=False, disable=hidden)
 
 
+def to_split(array, placement):
+    """This process's rows as a global tensor that is split over the processes."""
+    return flow.from_numpy(array).to_global(placement, flow.sbp.split(0))
+
+
 def sum_over_processes(value):
     """Sum of a number over all processes; also a barrier."""
     placement = flow.placement("cpu", list(range(world_size())))

@@ -9,9 +9,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from tools.trainer.batches import steps_per_epoch
 from tools.trainer.cli import UserError
 from tools.trainer.files import check_json, count, list_folder
-from tools.trainer.processes import rank
+from tools.trainer.processes import print_rank0, rank, world_size
+from tools.trainer.startup import BLAS, flow
+from tools.trainer.tables import SIZE_FACTOR
 
 EVENTS = "deepfm.out.tfevents."  # TensorBoard looks for "tfevents"; the rest is our mark
 LINE = {"event": str, "step": count}
@@ -113,3 +116,30 @@ class StepClock:
 def host_memory():
     """Resident memory of this process in MB."""
     return psutil.Process().memory_info().rss >> 20
+
+
+def describe(trainer):
+    """Print a few lines on what will run."""
+    args, dataset = trainer.args, trainer.dataset
+    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "all"
+    print_rank0(f"OneFlow {flow.__version__}, device {args.device}, {counted(world_size(), 'process')}, "
+                f"{counted(threads, 'thread')} each, {counted(len(os.sched_getaffinity(0)), 'core')}, "
+                f"BLAS: {BLAS or 'OneFlow built-in'}")
+    if dataset.splits:
+        counts = ", ".join(f"{name} {split.num_rows}" for name, split in dataset.splits.items())
+        steps = steps_per_epoch(dataset.splits["train"], args.batch_size, world_size())
+        print_rank0(f"Data {args.data_dir}: {len(dataset.fields)} fields, rows {counts}, "
+                    f"{steps} batches of {args.batch_size} per epoch")
+    width, dense = args.embedding_vec_size + 1, sum(p.numel() for p in trainer.model.dense_parameters())
+    print_rank0(f"Tables: {dataset.num_ids} rows x ({args.embedding_vec_size} + 1), "
+                f"{dataset.num_ids * width * 4 * SIZE_FACTOR / 2**20:.1f} MiB with Adam's moments; parameters "
+                f"{dataset.num_ids * width + dense} ({dataset.num_ids} x {width} + {dense})")
+    for line in trainer.device.notes(args):
+        print_rank0(line)
+    print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; tables on disk: {args.persistent_path}, "
+                f"{args.persistent_path_fm}; logs: {args.log_dir or 'none'}")
+
+
+def counted(number, name):
+    """'1 process', '2 processes', 'all threads'"""
+    return f"{number} {name}" if str(number) == "1" else f"{number} {name}{'es' if name.endswith('s') else 's'}"

@@ -121,22 +121,35 @@ def without_harmless_lines():
         filter_process.wait()
 
 
+def load_library():
+    """Load OneFlow's library, which puts a handler of Ctrl-C in place that ends the process at once, and undo that."""
+    folder = os.path.dirname(importlib.util.find_spec("oneflow").origin)
+    [name] = [name for name in os.listdir(folder) if name.startswith("_oneflow_internal") and name.endswith(".so")]
+    interrupt = signal.getsignal(signal.SIGINT)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        ctypes.CDLL(os.path.join(folder, name))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def import_oneflow():
     """`import oneflow` without its side effects on this process: environment, Ctrl-C, messages."""
-    environment, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
+    environment = dict(os.environ)
     wait_for_first_process()
     if not is_launched():
         for name in LAUNCH_VARIABLES:  # some of them are set for other programs
             os.environ.pop(name, None)
     with without_harmless_lines():
+        load_library()
         import oneflow
 
         oneflow.cuda.is_available()  # looks for a driver, and says so, once
     for name in [name for name in os.environ if name not in environment]:
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)  # OneFlow's handler ends the process at once
     return oneflow
 
 

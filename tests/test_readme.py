@@ -1,6 +1,8 @@
 """README and launcher say what the programs do."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -8,6 +10,12 @@ from conftest import ROOT
 from deepfm_train_eval import make_parser
 
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README, "tools/BENCHMARKS.md": (ROOT / "tools" / "BENCHMARKS.md").read_text()}
+ORIGINAL = (  # the arguments of the original script, in the order of its table
+    "data_dir num_train_samples num_val_samples num_test_samples model_load_dir model_save_dir save_initial_model "
+    "save_model_after_each_eval disable_fusedmlp embedding_vec_size dnn net_dropout learning_rate batch_size "
+    "train_batches loss_print_interval patience min_delta table_size_array persistent_path persistent_path_fm "
+    "store_type cache_memory_budget_mb amp loss_scale_policy").split()
 
 
 def parser_arguments():
@@ -15,42 +23,88 @@ def parser_arguments():
 
 
 def readme_arguments():
-    table = README.split("## Arguments description")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| (\w+) \| ([^|]*?) \|", table, re.M)[1:])
+    section = README.split("## Options")[1].split("\n## ")[0]
+    return re.findall(r"^\| (\w+) \| ([^|]*?) \| [^|]+ \|$", section, re.M)
 
 
-def test_the_table_has_every_argument_with_its_default():
-    table = readme_arguments()
-    arguments = parser_arguments()
-    assert list(table) == sorted(table, key=list(table).index) and set(table) == set(arguments)
+def test_the_tables_have_every_argument_once_with_its_default():
+    arguments, rows = parser_arguments(), [row for row in readme_arguments() if row[0] != "argument"]
+    names = [name for name, _ in rows]
+    assert names[:len(ORIGINAL)] == ORIGINAL
+    assert len(set(names)) == len(names) and set(names) == set(arguments)
     special = {"num_train_samples", "num_val_samples", "num_test_samples", "table_size_array", "log_dir"}
-    for name, action in arguments.items():
+    for name, default in rows:
         if name in ("data_dir", "persistent_path", "persistent_path_fm"):
-            assert action.default is None and table[name] == "required"
+            assert arguments[name].default is None and default == "required"
         elif name in special:
-            assert action.default is None and table[name] != "None"
+            assert arguments[name].default is None and default != "None"
         else:
-            assert table[name] == str(action.default), name
+            assert default == str(arguments[name].default), name
 
 
-def test_options_in_the_readme_exist():
-    tools = "\n".join(path.read_text() for path in [*(ROOT / "tools").glob("*.py"), ROOT / "train_deepfm_criteo_x4.sh"])
-    for option in set(re.findall(r"--([a-z][a-z0-9_]+)", README)):
-        known = option in parser_arguments() or f'"--{option}"' in tools or f"--{option} " in tools
-        assert known, option
+def commands(page):
+    """[(program, its options)] of the commands in a page's code blocks and inline code."""
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S) + re.findall(r"`([^`\n]+)`", page)
+    for line in "\n".join(blocks).replace("\\\n", " ").split("\n"):
+        programs = re.findall(r"(?:python3? (?:-m oneflow.distributed.launch .*?)?|bash )([\w/]+\.(?:py|sh))", line)
+        if programs:
+            yield programs[-1], set(re.findall(r" --([a-z]\w*)", line.split(programs[-1])[1]))
 
 
-def test_files_and_links_exist():
-    section = README.split("## Directory description")[1].split("```")[1]
-    for name in re.findall(r"^([\w/.]+)", section, re.M):
-        assert (ROOT / name).exists(), name
-    anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
-               for title in re.findall(r"^#+ (.+)$", README, re.M)}
-    for target in re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+@pytest.fixture(scope="module")
+def options_of():
+    """Options of a program by its --help, of benchmark.py of all its commands; the launcher takes the trainer's."""
+    known = {}
+
+    def look(program):
+        if program not in known:
+            script = "deepfm_train_eval.py" if program.startswith("train_deepfm") else program
+            words = ["step", "loader", "eval", "scale", "convert"] if "benchmark" in program else [None]
+            text = "".join(subprocess.run(
+                [sys.executable, ROOT / script, *([word] if word else []), "--help"], capture_output=True, text=True,
+                check=True).stdout for word in words)
+            known[program] = set(re.findall(r"--([a-z]\w*)", text))
+        return known[program]
+
+    return look
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_options_of_their_own_program(page, options_of):
+    found = [(program, options) for program, options in commands(PAGES[page]) if program.endswith(".py") or options]
+    assert len(found) > 3
+    for program, options in found:
+        assert options <= options_of(program), (program, options - options_of(program))
+
+
+def test_options_in_the_text_exist(options_of):
+    """Those outside of commands, of the trainer or of a tool."""
+    tools = [path for path in (ROOT / "tools").glob("*.py") if "def parse_args" in path.read_text()]
+    known = set(parser_arguments()).union(*(options_of(str(path.relative_to(ROOT))) for path in tools))
+    launcher = {"nproc_per_node", "nnodes", "node_rank", "master_addr"}  # of oneflow.distributed.launch
+    for page in PAGES.values():
+        assert set(re.findall(r"--([a-z][a-z0-9_]+)", page)) <= known | launcher
+
+
+def test_the_code_map_is_true():
+    section = README.split("## Code map")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+\.\w+)`", section))
+    for name in named:
+        assert (ROOT / name).is_file(), name
+    files = {path for pattern in ("*.py", "*.sh", "tools/*.*", "tools/*/*.py", "requirements.txt")
+             for path in ROOT.glob(pattern) if path.is_file() and path.name != "__init__.py"}
+    assert {str(path.relative_to(ROOT)) for path in files} <= named
+
+
+def test_links_exist():
+    for page, text in PAGES.items():
+        anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+                   for title in re.findall(r"^#+ (.+)$", text, re.M)}
+        for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, target
+            elif not target.startswith("http"):
+                assert ((ROOT / page).parent / target).exists(), target
 
 
 @pytest.mark.parametrize("option", re.findall(r"(--\w+) [\w.,-]+", (ROOT / "train_deepfm_criteo_x4.sh").read_text()

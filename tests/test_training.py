@@ -182,8 +182,8 @@ def test_the_blas_of_choice_gives_the_same_results(distinct_dataset_dir, tmp_pat
     runs = {}
     for blas in ("scipy", "oneflow"):
         monkeypatch.setenv("DEEPFM_BLAS", blas)
-        runs[blas], output = train_and_read(distinct_dataset_dir, tmp_path / blas, "--dnn", "200,200", "--train_batches",
-                                            "9")
+        options = ["--dnn", "200,200", "--train_batches", "9"]
+        runs[blas], output = train_and_read(distinct_dataset_dir, tmp_path / blas, *options)
         assert ("BLAS: OneFlow built-in" in output) == (blas == "oneflow")
     assert_close(runs["scipy"], runs["oneflow"])
 

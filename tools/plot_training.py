@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the course of one or several training runs as one picture.
+"""Draw the course of one or several training runs as one picture, or the calibration of their predictions.
 
     python tools/plot_training.py runs/small runs/fast --output training.png
 
@@ -10,185 +10,210 @@ prints what the trainer keeps as best_checkpoint of each run, and writes the pic
     fast     500           1  0.794747     0.449648  0.790917      0.453364
     wrote training.png
 
-RUN is a --model_save_dir, a --log_dir or a metrics.jsonl of deepfm_train_eval.py; the run may still be going on.
-Panels: training loss, val AUC and val logloss per epoch with the best epoch (largest val AUC - logloss) marked,
-learning rate with its cuts, throughput.
+RUN is a --model_save_dir, a --log_dir or a metrics.jsonl of deepfm_train_eval.py, or a folder of such runs; a run may
+still be going on. Panels: training loss; what the run monitors, val AUC and val logloss, with the best evaluation
+marked; learning rate with its cuts; throughput. Of more than ten runs the ten best are in colour, the rest in grey.
+
+    python tools/plot_training.py --calibration predictions.parquet --output calibration.png
+
+draws click rates against predictions in 20 bins of equal mass, with 95 % intervals (Wilson), and the rows of the bins:
+
+    file         rows  clicks  predicted CTR  actual CTR  predicted/actual       ECE
+    predictions 25000    6180       0.240000    0.247200            0.9709  0.011000
+    wrote calibration.png
+
+FILE is parquet or CSV with the columns probability and Label: what the trainer writes with --predict_output and
+--keep_columns Label. Several files are drawn together.
 """
 
 import argparse
-import json
+import io
 import math
+import os
 import sys
-from collections import namedtuple
+import warnings
+from contextlib import suppress
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.handle_early_interrupt()  # imports take seconds
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator  # noqa: E402
-from parquet_common import Parser  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from tools.trainer.calibration import equal_mass_bins
+from tools.trainer.cli import Parser, UserError
+from tools.trainer.runs import (
+    MONITORS,
+    best_evaluation,
+    evaluated_within_epochs,
+    last_step,
+    monitored,
+    printable,
+    read_runs,
+    shorten,
+    table_text,
+)
 
 # Okabe and Ito's palette without its yellow; told apart by people with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX<>p"
+GREY = "#c4c4c4"
 WIDTH, PANELS_HEIGHT, LINE_HEIGHT = 9.0, 6.6, 0.2  # inches; text is readable at 900 pixels
 DOTS_PER_INCH = 150
 LONGEST_NAME = 32  # characters
-NEEDED = {"train": ("step", "epoch", "loss", "lr", "samples_per_second"), "val": ("step", "epoch", "auc", "logloss"),
-          "test": ("step", "epoch", "auc", "logloss")}  # numbers in a line of metrics.jsonl, by event
+COLOURED = 10  # runs; more than that cannot be followed
+THIN_LINES = 4  # runs whose single values are drawn beside their moving averages
 COLUMNS = {"run": 0.075, "steps": 0.45, "best epoch": 0.555, "val AUC": 0.66, "val logloss": 0.765, "test AUC": 0.865,
            "test logloss": 0.985}  # of the table, with their places in the picture: run from here on, others up to here
-
-Run = namedtuple("Run", "name train val test")
-Run.__doc__ = """One metrics.jsonl: the run's name, and its lines of each event in order of their step."""
-
-
-class RunError(Exception):
-    """A run that cannot be drawn; the message is shown to the user as one line."""
+CALIBRATION_COLUMNS = {"file": 0.075, "rows": 0.44, "clicks": 0.53, "predicted CTR": 0.655, "actual CTR": 0.755,
+                       "predicted/actual": 0.89, "ECE": 0.985}
+PROBABILITY, LABEL = "probability", "Label"
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def find_metrics(path):
-    """The metrics.jsonl of a RUN argument."""
-    path = Path(path)
-    candidates = [path / "logs" / "metrics.jsonl", path / "metrics.jsonl"] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    problem = "has neither logs/metrics.jsonl nor metrics.jsonl" if path.is_dir() else "does not exist"
-    raise RunError(f"{path} {problem}; give the --model_save_dir or --log_dir of a training run")
+def rate_steps(run):
+    """Where each logged learning rate was used -> (edges (n + 1,), rates (n,)): rates[i] after step edges[i].
 
-
-def read_metrics(path):
-    """{"train": [dict, ...], "val": ..., "test": ...} of a metrics.jsonl.
-
-    A last line without a line end is one that the trainer is writing, or was killed in: it is left out.
-    Raises: RunError with the line's number when one is not as the trainer writes it, or when nothing is there.
+    A train line tells the rate of the steps since the line before. A rate falls after an evaluation, so a lower one
+    begins where the last evaluation before its line was, if there was one between the two.
     """
-    events = {event: [] for event in NEEDED}
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not readable: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            values = parse_line(line, f"{path}, line {number}")
-            events[values["event"]].append(values)
-    if not any(events.values()):
-        raise RunError(f"{path} holds no metrics yet; wait for the first logged step (--loss_print_interval)")
-    return {event: sorted(values, key=lambda line: line["step"]) for event, values in events.items()}
-
-
-def parse_line(line, where):
-    hint = "is this the trainer's metrics.jsonl?"
-    try:
-        values = json.loads(line)
-    except ValueError:
-        raise RunError(f"{where}: {line.strip()[:40]!r} is not JSON; {hint}") from None
-    event = values.get("event") if isinstance(values, dict) else None
-    if event not in NEEDED:
-        raise RunError(f"{where}: the event is {event!r}, expected {', '.join(NEEDED)}; {hint}")
-    for name in NEEDED[event]:
-        if not isinstance(values.get(name), (int, float)):
-            raise RunError(f"{where}: {name} is {values.get(name)!r}, expected a number; {hint}")
-    return values
-
-
-def run_name(path):
-    """The name of a run's folder; logs/ inside it does not count."""
-    folder = path.resolve().parent
-    return folder.parent.name if folder.name == "logs" else folder.name
-
-
-def read_runs(paths):
-    """A Run per RUN argument. Runs whose folders have the same name are called by their arguments."""
-    files = [find_metrics(path) for path in paths]
-    names = [run_name(file) for file in files]
-    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
-    names = [name if len(name) <= LONGEST_NAME else "..." + name[3 - LONGEST_NAME:] for name in names]
-    return [Run(name, **read_metrics(file)) for name, file in zip(names, files)]
-
-
-def best_evaluation(run):
-    """The val line of the step that test was scored with; before the end the one with the largest AUC - logloss.
-
-    They differ where --min_delta keeps the trainer from counting a gain. The earliest of equals; None without one.
-    """
-    scored = [line for line in run.val if math.isfinite(line["auc"] - line["logloss"])]
-    chosen = [line for line in scored if run.test and line["step"] == run.test[-1]["step"]]
-    return max(chosen or scored, key=lambda line: line["auc"] - line["logloss"], default=None)
+    edges = [0]
+    for before, after in zip(run.train, run.train[1:]):
+        between = [line["step"] for line in run.val if before["step"] <= line["step"] < after["step"]]
+        edges.append(between[-1] if between and after["lr"] < before["lr"] else before["step"])
+    return np.array([*edges, run.train[-1]["step"]], dtype=float), column(run.train, "lr")
 
 
 def rate_cuts(run):
-    """[(step, learning rate)] of the first logged step after every change of the learning rate."""
-    pairs = zip(run.train, run.train[1:])
-    return [(after["step"], after["lr"]) for before, after in pairs if before["lr"] != after["lr"]]
+    """[(step after which a lower rate was used, that rate)]"""
+    edges, rates = rate_steps(run)
+    return [(edges[i], rates[i]) for i in range(1, len(rates)) if rates[i] < rates[i - 1]]
 
 
-def table_row(run):
-    """Texts for COLUMNS; a dash stands for what has not happened yet. Test is scored once, at the end."""
-    steps = max(line["step"] for line in run.train + run.val + run.test)
+def ranked(runs):
+    """The runs to draw in colour and those in grey: all and none, or the best COLOURED and the rest, best first.
+
+    Judged by the monitor, or by val AUC where the runs have different ones.
+    """
+    if len(runs) <= COLOURED:
+        return runs, []
+    alike = len({run.monitor for run in runs}) == 1
+
+    def value(run):
+        best = best_evaluation(run)
+        return -math.inf if best is None else monitored(run, best) if alike else best["auc"]
+
+    runs = sorted(runs, key=value, reverse=True)
+    return runs[:COLOURED], runs[COLOURED:]
+
+
+def column_names(runs):
+    """Of the table; an epoch does not name an evaluation where an epoch has several."""
+    return ["best step" if name == "best epoch" and evaluated_within_epochs(runs) else name for name in COLUMNS]
+
+
+def table_row(run, names):
+    """Texts for column_names; a dash stands for what has not happened yet. Test is scored once, at the end."""
     best, test = best_evaluation(run), run.test[-1] if run.test else None
-    row = [run.name, str(steps), str(best["epoch"]) if best else "-"]
+    place = "step" if "best step" in names else "epoch"
+    row = [shorten(run.name, LONGEST_NAME), f"{last_step(run):.0f}", f"{best[place]:.0f}" if best else "-"]
     return row + [f"{line[metric]:.6f}" if line else "-" for line in (best, test) for metric in ("auc", "logloss")]
 
 
-def table_text(runs):
-    rows = [list(COLUMNS), *map(table_row, runs)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+def table_rows(runs):
+    names = column_names(runs)
+    return [names, *(table_row(run, names) for run in runs)]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
 def look_of(number):
-    """Colour and marker of the run with this number, from 0; colour is never the only difference of the first seven."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+    """Colour, marker and line of the run with this number, from 0; colour is never the only difference."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4,
+            "linestyle": "-" if number < len(COLOURS) else (0, (4, 1.5))}
+
+
+LOOK_OF_THE_REST = {"color": GREY, "marker": "", "markersize": 0, "linestyle": "-"}
 
 
 def column(lines, name):
-    return np.array([line[name] for line in lines], dtype=float)
+    """Numbers of the lines; what is not finite becomes NaN, a gap in the curve."""
+    values = np.array([line[name] for line in lines], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def window_of(count):
+    return max(1, count // 20)
 
 
 def moving_average(values):
     """Mean over each point and the points before it, 5 % of all (at least one)."""
-    window = max(1, len(values) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0), known))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    starts = np.maximum(ends - window_of(len(values)), 0)
+    with np.errstate(invalid="ignore"):
+        return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])
 
 
-def draw_smoothed(axes, run, look, name):
-    """A noisy quantity of the training steps: thin as it is, thick as moving average. Some markers tell runs apart."""
+def draw_smoothed(axes, run, look, name, thin):
+    """A noisy quantity of the training steps as a moving average. Some markers tell runs apart.
+
+    thin: also draw the single values, where they differ from it.
+    """
     steps, values = column(run.train, "step"), column(run.train, name)
-    axes.plot(steps, values, color=look["color"], linewidth=0.7, alpha=0.35)
-    axes.plot(steps, moving_average(values), **{**look, "markersize": 3}, linewidth=1.5,
-              markevery=0.1 if len(steps) > 20 else None)
+    if thin and window_of(len(steps)) > 1:
+        axes.plot(steps, values, color=look["color"], linewidth=0.7, alpha=0.35)
+    axes.plot(steps, moving_average(values), **{**look, "markersize": 3}, linewidth=width_of(look),
+              markevery=0.1 if len(steps) > 20 else None, zorder=order_of(look))
 
 
-def draw_metric(axes, run, look, metric):
-    """One point per epoch: its last evaluation, as --train_batches may have cut an epoch that was then resumed."""
-    lines = list({line["epoch"]: line for line in run.val}.values())
-    axes.plot(column(lines, "epoch"), column(lines, metric), **look, linewidth=1.4)
+def width_of(look):
+    return 0.8 if look is LOOK_OF_THE_REST else 1.5
+
+
+def order_of(look):
+    """Grey below all coloured curves."""
+    return 1.5 if look is LOOK_OF_THE_REST else 2
+
+
+def draw_metric(axes, run, look, value, place):
+    """value: function of a val line; place: what the horizontal axis shows of it, epoch or step."""
+    lines = list({line[place]: line for line in run.val}.values())
+    values = np.array([value(line) for line in lines], dtype=float)
+    steps, values = column(lines, place), np.where(np.isfinite(values), values, np.nan)
+    if look is LOOK_OF_THE_REST:  # as an artist it does not stretch the scale on which the best are told apart
+        axes.add_artist(Line2D(steps, values, **look, linewidth=width_of(look), zorder=order_of(look)))
+        return
+    axes.plot(steps, values, **look, linewidth=width_of(look))
     best = best_evaluation(run)
     if best:
-        axes.plot(best["epoch"], best[metric], marker="*", markersize=15, color=look["color"], markeredgecolor="white",
-                  zorder=3)
+        axes.plot(best[place], value(best), marker="*", markersize=14, color=look["color"], markeredgecolor="white",
+                  zorder=3, clip_on=False)
 
 
-def draw_rate(axes, run, look):
-    steps = column(run.train, "step")
-    axes.plot(steps, column(run.train, "lr"), color=look["color"], drawstyle="steps-post", linewidth=1.6,
-              marker=look["marker"] if len(steps) == 1 else "")
-    for step, rate in rate_cuts(run):
+def draw_rate(axes, run, look, width):
+    edges, rates = rate_steps(run)
+    rates = np.where(rates > 1e-30, rates, np.nan)  # has a logarithm
+    axes.plot(edges, np.append(rates[:1], rates), color=look["color"], drawstyle="steps-pre", linewidth=width,
+              linestyle=look["linestyle"], zorder=order_of(look), solid_capstyle="butt")
+    for step, rate in rate_cuts(run) if look is not LOOK_OF_THE_REST else ():
         axes.plot(step, rate, marker="v", markersize=7, color=look["color"], markeredgecolor="white", zorder=3)
 
 
@@ -199,11 +224,12 @@ def scale_rates(axes, rates):
     if low == high:
         low, high = low - 1, high + 1
     axes.set_ylim(10.0**low / 1.5, 10.0**high * 1.5)
-    axes.set_yticks([10.0**power for power in range(low, high + 1)])
+    axes.set_yticks([10.0**power for power in range(low, high + 1, 1 + (high - low) // 8)])
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def finish(axes, title, note, xlabel, has_data):
+def finish(axes, title, note, xlabel):
+    """Titles, grid and scales. note: what the panel's signs mean, to the right."""
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_title(note, loc="right", fontsize=8, color="#555555")
     axes.set_xlabel(xlabel, fontsize=9)
@@ -212,65 +238,236 @@ def finish(axes, title, note, xlabel, has_data):
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    axes.margins(x=0.03, y=0.1)
+
+
+def finish_course(axes, title, note, xlabel):
+    """A panel over steps or epochs."""
+    finish(axes, title, note, xlabel)
     if xlabel == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.margins(x=0.02, y=0.1)
-    if not has_data:
+    if not any(np.isfinite(line.get_ydata(orig=True)).any() for line in axes.lines):
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color="#555555")
         axes.set_xticks([])
         axes.set_yticks([])
 
 
-def draw_table(figure, runs):
-    """The legend, a line per run, at the top of the figure."""
+def draw_table(figure, rows, places, looks):
+    """The legend at the top of the figure: headers, then a line for each look. places: of the columns, 0 to 1."""
     height = figure.get_figheight()
-    for line, row in enumerate([list(COLUMNS), *map(table_row, runs)]):
-        y = 1 - (0.2 + LINE_HEIGHT * line) / height
-        for text, (name, x) in zip(row, COLUMNS.items()):
-            figure.text(x, y, text, fontsize=9, ha="left" if name == "run" else "right", va="center",
-                        color="#555555" if line == 0 else "black", fontweight="bold" if x < 0.1 and line else "normal")
-        if line:
-            figure.add_artist(Line2D([0.015, 0.04, 0.065], [y] * 3, **look_of(line - 1), linewidth=1.6, markevery=[1]))
+    for number, row in enumerate(rows):
+        y = 1 - (0.2 + LINE_HEIGHT * number) / height
+        for first, (text, x) in enumerate(zip(row, places)):
+            figure.text(x, y, text, fontsize=9, ha="right" if first else "left", va="center", parse_math=False,
+                        color="black" if number else "#555555", fontweight="normal" if first or not number else "bold")
+        if number:
+            figure.add_artist(Line2D([0.015, 0.04, 0.065], [y] * 3, **looks[number - 1], linewidth=1.6, markevery=[1]))
 
 
-def draw(runs):
-    """The figure of all runs: five panels, and the table on top."""
-    top = LINE_HEIGHT * (len(runs) + 1) + 0.2
+def panels(runs):
+    """{name: axes} of a new figure -> (figure, panels); "monitor" is there where a run monitors val AUC - logloss.
+
+    The others monitor what has a panel anyway.
+    """
+    lines = min(len(runs), COLOURED) + 1 + (len(runs) > COLOURED)
+    top = LINE_HEIGHT * lines + 0.2
     figure = plt.figure(figsize=(WIDTH, PANELS_HEIGHT + top))
-    draw_table(figure, runs)
     height = figure.get_figheight()
     grid = figure.add_gridspec(3, 2, left=0.07, right=0.985, bottom=0.45 / height, top=1 - (top + 0.25) / height,
                                hspace=0.5, wspace=0.16)
-    loss, auc, logloss, rate, throughput = (
-        figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1]))
-    for number, run in enumerate(runs):
-        look = look_of(number)
+    places = {"loss": grid[0, :], "auc": grid[1, 0], "logloss": grid[1, 1], "rate": grid[2, 0], "speed": grid[2, 1]}
+    if any(run.monitor == "auc-logloss" for run in runs):
+        places.update({"loss": grid[0, 0], "auc-logloss": grid[0, 1]})
+    return figure, {name: figure.add_subplot(place) for name, place in places.items()}
+
+
+def draw(runs):
+    """The figure of all runs, and the table on top."""
+    coloured, grey = ranked(runs)
+    figure, axes = panels(runs)
+    looks = [look_of(number) for number in range(len(coloured))]
+    place = "step" if evaluated_within_epochs(runs) else "epoch"
+    thin = len(coloured) <= THIN_LINES
+    # equal learning rates lie on each other: those below show as margins
+    widths = np.linspace(min(5.0, 0.3 + 1.2 * len(coloured)), 1.5, len(coloured))
+    for run, look, width in [*((run, LOOK_OF_THE_REST, 0.8) for run in grey), *zip(coloured, looks, widths)]:
         if run.train:
-            draw_smoothed(loss, run, look, "loss")
-            draw_rate(rate, run, look)
-            draw_smoothed(throughput, run, look, "samples_per_second")
+            draw_smoothed(axes["loss"], run, look, "loss", thin)
+            draw_rate(axes["rate"], run, look, width)
+            draw_smoothed(axes["speed"], run, look, "samples_per_second", thin)
         if run.val:
-            draw_metric(auc, run, look, "auc")
-            draw_metric(logloss, run, look, "logloss")
-    trained, evaluated = any(run.train for run in runs), any(run.val for run in runs)
-    finish(loss, "Training loss", "thick: moving average", "step", trained)
-    finish(auc, "Val AUC", "star: best epoch", "epoch", evaluated)
-    finish(logloss, "Val logloss", "star: best epoch", "epoch", evaluated)
-    finish(rate, "Learning rate", "triangle: cut", "step", trained)
-    finish(throughput, "Throughput, samples/s", "thick: moving average", "step", trained)
-    if trained:
-        scale_rates(rate, [line["lr"] for run in runs for line in run.train])
-        throughput.yaxis.set_major_formatter(EngFormatter(sep=""))
-        throughput.set_ylim(0, throughput.dataLim.y1 * 1.1)
+            for name in MONITORS.keys() & axes.keys():
+                draw_metric(axes[name], run, look, value_of(run, name), place)
+    label(axes, runs, coloured, place)
+    rows, rest = table_rows(coloured), []
+    if grey:
+        rest = [[f"{len(grey)} more runs, {rank_text(runs)}"]]
+    draw_table(figure, rows + rest, COLUMNS.values(), [*looks, LOOK_OF_THE_REST])
     return figure
 
 
+def value_of(run, name):
+    """The function of a val line that the panel of this name draws."""
+    if name == run.monitor == "auc-logloss":
+        return lambda line: monitored(run, line)
+    return (lambda line: line[name]) if name != "auc-logloss" else MONITORS[name][1]
+
+
+def rank_text(runs):
+    monitors = {run.monitor for run in runs}
+    return f"with a smaller val {MONITORS[monitors.pop()][0] if len(monitors) == 1 else 'AUC'}"
+
+
+def label(axes, runs, coloured, place):
+    """Titles, and notes on the signs that are there."""
+    averaged = "thick: moving average" if len(coloured) <= THIN_LINES else "moving average"
+    averaged *= any(window_of(len(run.train)) > 1 for run in coloured)
+    star = "star: best evaluation" if len({run.monitor for run in runs}) == 1 else "star: best by the run's monitor"
+    star *= any(best_evaluation(run) is not None for run in coloured)
+    cut = "triangle: cut" * any(rate_cuts(run) for run in coloured if run.train)
+    finish_course(axes["loss"], "Training loss", averaged, "step")
+    for name, title in (("auc-logloss", "Val AUC - logloss"), ("auc", "Val AUC"), ("logloss", "Val logloss")):
+        if name in axes:
+            monitor = " (monitor)" * all(run.monitor == name for run in runs)
+            finish_course(axes[name], title + monitor, star, place)
+    finish_course(axes["rate"], "Learning rate", cut, "step")
+    finish_course(axes["speed"], "Throughput, samples/s", averaged, "step")
+    rates = [line["lr"] for run in runs for line in run.train if 1e-30 < line["lr"] < math.inf]
+    if rates:
+        scale_rates(axes["rate"], rates)
+    if any(run.train for run in runs) and math.isfinite(axes["speed"].dataLim.y1):
+        axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes["speed"].set_ylim(0, max(axes["speed"].dataLim.y1 * 1.1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+
+def read_predictions(path, weight_column=None):
+    """(labels, probabilities, weights or None) of a parquet or CSV file, float64 (n,). Raises: UserError"""
+    if not Path(path).is_file():
+        problem = "is a folder" if Path(path).is_dir() else "is not a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{path} {problem}; give a file that deepfm_train_eval.py wrote to --predict_output")
+    names = [PROBABILITY, LABEL, *([weight_column] if weight_column else [])]
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        file.seek(0)
+        try:
+            if magic == b"PAR1":
+                parquet = pq.ParquetFile(file)
+                check_columns(path, parquet.schema_arrow.names, names)
+                table = parquet.read(names)
+            else:
+                table = pa.csv.read_csv(file)
+                check_columns(path, table.column_names, names)
+            columns = [table[name].cast(pa.float64()).to_numpy() for name in names]
+        except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"{path} cannot be read as parquet or CSV with numbers: {cli.first_line(error)}") from None
+    probs, labels, weights = [*columns, None][:3]
+    check_values(path, probs, labels, weights, weight_column)
+    return labels, probs, weights
+
+
+def check_columns(path, found, names):
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]}, it has {cli.brief(cli.shorten(found), 200)}; predict "
+                        f"with --keep_columns {LABEL}, or name the columns {PROBABILITY} and {LABEL}")
+
+
+def check_values(path, probs, labels, weights, weight_column):
+    if not len(probs):
+        raise UserError(f"{path} has no rows; predict rows that have labels")
+    rules = [(PROBABILITY, probs, (probs >= 0) & (probs <= 1), "from 0 to 1"),
+             (LABEL, labels, (labels == 0) | (labels == 1), "0 or 1")]
+    if weights is not None:
+        rules.append((weight_column, weights, (weights >= 0) & (weights < math.inf), "a number from 0 on"))
+    for name, values, right, expected in rules:
+        if not right.all():
+            row = int(np.argmin(right))
+            raise UserError(f"{path}, row {row + 1}: {name} is {values[row]:g}, expected {expected}; mend the file")
+    if weights is not None and weights.sum() <= 0:
+        raise UserError(f"{path}: the weights in {weight_column} are all 0; give another --weight_column")
+
+
+def wilson(rate, count, z=1.96):
+    """95 % interval of a click rate over `count` rows (Wilson, 1927) -> (low, high), each of rate's shape."""
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2)
+    return centre - half, centre + half
+
+
+def calibration_rows(names, all_bins):
+    """Rows of the table. CTRs are weighted where the bins are."""
+    rows = [list(CALIBRATION_COLUMNS)]
+    for name, bins in zip(names, all_bins):
+        ratio = f"{bins.mean_predicted / bins.mean_actual:.4f}" if bins.mean_actual else "-"
+        rows.append([shorten(name, LONGEST_NAME), str(bins.rows.sum()), str(bins.clicks.sum()),
+                     f"{bins.mean_predicted:.6f}", f"{bins.mean_actual:.6f}", ratio, f"{bins.ece:.6f}"])
+    return rows
+
+
+def draw_calibration(names, all_bins):
+    """The figure: reliability curves, below them the rows and clicks of the bins, and the table on top."""
+    top = LINE_HEIGHT * (len(names) + 1) + 0.2
+    figure = plt.figure(figsize=(WIDTH, PANELS_HEIGHT + top))
+    height = figure.get_figheight()
+    grid = figure.add_gridspec(2, 1, left=0.085, right=0.985, bottom=0.45 / height, top=1 - (top + 0.25) / height,
+                               hspace=0.3, height_ratios=[3, 1.2])
+    curve = figure.add_subplot(grid[0])
+    counts = figure.add_subplot(grid[1], sharex=curve)
+    looks = [look_of(number) for number in range(len(names))]
+    for bins, look in zip(all_bins, looks):
+        curve.vlines(bins.predicted, *wilson(bins.actual, bins.effective), color=look["color"], linewidth=1, alpha=0.6)
+        curve.plot(bins.predicted, bins.actual, **look, linewidth=1.3)
+        counts.plot(bins.predicted, bins.rows, **look, linewidth=0.8, markerfacecolor="white")
+        counts.plot(bins.predicted, bins.clicks, **look, linewidth=1.3)
+    finish(curve, "Click rate by predicted probability", "dotted: perfect; bars: 95 % interval", "")
+    finish(counts, "Rows and clicks by bin", "hollow: rows, filled: clicks", "predicted probability")
+    scale_calibration(curve, counts, all_bins)
+    draw_table(figure, calibration_rows(names, all_bins), CALIBRATION_COLUMNS.values(), looks)
+    return figure
+
+
+def scale_calibration(curve, counts, all_bins):
+    """Equal scales on both axes of the curve, with its diagonal; logarithmic where most bins crowd near 0."""
+    predicted, actual = (np.concatenate([getattr(bins, name) for bins in all_bins]) for name in ("predicted", "actual"))
+    limit = 1.04 * max(predicted.max(), *(wilson(bins.actual, bins.effective)[1].max() for bins in all_bins))
+    low = 0.0
+    if np.median(predicted) < limit / 10:
+        low = max(0.7 * np.concatenate([values[values > 0] for values in (predicted, actual)]).min(), limit * 1e-6)
+        curve.set(xscale="log", yscale="log")
+        for axis in (curve.xaxis, curve.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    curve.plot([low, limit], [low, limit], color="#888888", linewidth=1, linestyle=(0, (1, 2)), zorder=1.5)
+    curve.set(xlim=(low, limit), ylim=(low, limit))
+    counts.set_yscale("symlog", linthresh=1)  # shows 0
+    counts.set_ylim(0, 3 * max(bins.rows.max() for bins in all_bins))
+    counts.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
 def save(figure, path):
-    """Write a figure as PNG; its folder is made."""
-    Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+    """Write a figure as PNG; its folder is made, and an older picture stays until the new one is complete."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture, scratch = io.BytesIO(), f"{path}.tmp"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the name of a run: a box is drawn
+        figure.savefig(picture, format="png", dpi=DOTS_PER_INCH)
     plt.close(figure)
+    try:
+        Path(scratch).write_bytes(picture.getbuffer())
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(scratch)
+        raise
 
 
 def png_path(text):
@@ -281,23 +478,49 @@ def png_path(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a --model_save_dir, a --log_dir or a metrics.jsonl")
-    parser.add_argument("--output", type=png_path, default="training.png", metavar="FILE.png", help="the picture")
-    return parser.parse_args(argv)
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="a --model_save_dir, a --log_dir, a metrics.jsonl, or a folder of runs")
+    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="predictions with labels, instead of runs")
+    parser.add_argument("--weight_column", metavar="NAME", help="weights of the rows, with --calibration")
+    parser.add_argument("--output", type=png_path, metavar="FILE.png",
+                        help="the picture (default: training.png or calibration.png)")
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.calibration):
+        parser.error("give either runs or --calibration with files")
+    if args.weight_column and not args.calibration:
+        parser.error("--weight_column is for --calibration")
+    args.output = args.output or ("calibration.png" if args.calibration else "training.png")
+    return args
+
+
+def plot_runs(args):
+    runs, without = read_runs(args.runs)
+    save(draw(runs), args.output)
+    print(table_text(table_rows(runs)))
+    if without:
+        print(f"no metrics yet: {', '.join(without)}")
+
+
+def plot_calibration(args):
+    names = [Path(path).stem for path in args.calibration]
+    names = [printable(name if names.count(name) == 1 else path) for name, path in zip(names, args.calibration)]
+    all_bins = [equal_mass_bins(*read_predictions(path, args.weight_column)) for path in args.calibration]
+    save(draw_calibration(names, all_bins), args.output)
+    print(table_text(calibration_rows(names, all_bins)))
+
+
+def work(args):
+    if args.calibration:
+        plot_calibration(args)
+    else:
+        plot_runs(args)
+    print(f"wrote {args.output}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        runs = read_runs(args.runs)
-        save(draw(runs), args.output)
-    except (RunError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    print(table_text(runs))
-    print(f"wrote {args.output}")
-    return 0
+    return cli.run_tool(lambda: work(args))
 
 
 if __name__ == "__main__":

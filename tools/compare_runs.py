@@ -44,7 +44,7 @@ from tools.trainer.runs import (
     last_step,
     monitored,
     printable,
-    read_runs,
+    read_some_runs,
     samples_per_second,
     shorten,
     table_text,
@@ -236,8 +236,8 @@ def report(runs, without=(), width=None):
         notes.append(f"options unknown, no run.json: {', '.join(unknown)}")
     counted = sum(len(group["runs"]) for group in comparison["groups"])
     if repeated and counted < len(runs) - len(unknown):
-        notes.append(f"{len(runs) - len(unknown) - counted} runs repeat the options and seed of another: their first "
-                     "counts in the means")
+        notes.append(f"left out of the means, as another run has the same options and seed: "
+                     f"{len(runs) - len(unknown) - counted}")
     if without:
         notes.append(f"no metrics yet: {', '.join(without)}")
     notes = [note for note in notes if note]
@@ -276,7 +276,7 @@ def parse_args(argv=None):
 
 
 def work(args):
-    runs, without = read_runs(args.runs)
+    runs, without = read_some_runs(args.runs)
     if args.json:
         print(json.dumps(finite({**compare(runs), "no_metrics_yet": without}), indent=1))
     else:

@@ -62,7 +62,7 @@ from tools.trainer.runs import (
     last_step,
     monitored,
     printable,
-    read_runs,
+    read_some_runs,
     shorten,
     table_text,
 )
@@ -495,7 +495,7 @@ def parse_args(argv=None):
 
 
 def plot_runs(args):
-    runs, without = read_runs(args.runs)
+    runs, without = read_some_runs(args.runs)
     save(draw(runs), args.output)
     print(table_text(table_rows(runs)))
     if without:

@@ -100,7 +100,8 @@ def folder_name(file):
 def read_runs(paths):
     """The runs of all RUN arguments -> (list of Run, names of those that have no metrics yet)
 
-    A run given twice counts once; runs with equal names are called by their paths. Raises: UserError
+    A run given twice counts once; runs with equal names are called by their paths. Raises: UserError for a path that
+    is no run, and for files that the trainer did not write so.
     """
     found = {}
     for path in paths:
@@ -116,9 +117,14 @@ def read_runs(paths):
             runs.append(Run(name, file, **lines, info=info, monitor=(info or {}).get("monitor", "auc-logloss")))
         else:
             without.append(name)
+    return runs, without
+
+
+def read_some_runs(paths):
+    """read_runs, with at least one run. Raises: UserError"""
+    runs, without = read_runs(paths)
     if not runs:
-        raise UserError(f"{next(iter(found.values()))[1]} holds no metrics yet; wait for the first logged step "
-                        "(--loss_print_interval)")
+        raise UserError(f"{', '.join(without)}: no metrics yet; wait for the first logged step (--loss_print_interval)")
     return runs, without
 
 

@@ -383,9 +383,10 @@ def report_step(args, results, layout):
     print_table(["job", "tables", "ms/step", "samples/s", "times the floor", "outside products", "times the peer"],
                 rows)
     print(f"start-up: {median(results['start-up', args.updates[0]], 'seconds'):.1f} s")
-    write_json(args.json, {"settings": settings(args), **layout, "runs": named(results)})
+    measured = {"settings": settings(args), **layout, "runs": named(results)}
+    write_json(args.json, measured)
     if args.plot:
-        plot_step(args, {name: 1000 * args.batch_size / value for name, value in ms.items() if value})
+        plot_step(measured, args.plot)
 
 
 def settings(args):
@@ -397,21 +398,33 @@ def named(results):
     return {" ".join(str(part) for part in name if part != ""): runs for name, runs in results.items()}
 
 
-def plot_step(args, samples_per_second):
+def plot_step(measured, path):
+    """Bars of the median throughput of each job, and every run as a dot. measured: what --json holds."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
 
     colours = {"trainer": "#0072B2", "PyTorch peer": "#D55E00", "matrix products": "#999999"}
-    names = [f"{job}\n{updates}" for job, updates in samples_per_second]
-    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(names), 4), layout="constrained")
-    bars = axes.bar(names, samples_per_second.values(), color=[colours[job] for job, _ in samples_per_second])
-    axes.bar_label(bars, fmt="%.0f")
-    axes.set(ylabel="samples/s", title=f"Training throughput, batch {args.batch_size}, {args.fields} fields",
-             ylim=(0, 1.1 * max(samples_per_second.values())))  # fmt: skip
+    batch_size, fields = measured["settings"]["batch_size"], measured["settings"]["fields"]
+    speeds = {name: [1000 * batch_size / run["ms_per_step"] for run in runs]
+              for name, runs in measured["runs"].items() if "ms_per_step" in runs[0]}
+    repeats = max(map(len, speeds.values()))
+    highest = max(map(max, speeds.values()))
+    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(speeds), 4), layout="constrained")
+    for place, (name, values) in enumerate(speeds.items()):
+        job = next(job for job in colours if name.startswith(job))
+        axes.bar(place, statistics.median(values), width=0.75, color=colours[job], alpha=0.85)
+        if len(values) > 1:  # beside each other in the order of the runs
+            steps = [place - 0.2 + 0.4 * number / (len(values) - 1) for number in range(len(values))]
+            axes.plot(steps, values, "o", color="white", markeredgecolor="black", markersize=4.5, clip_on=False)
+        axes.text(place, max(values) + 0.02 * highest, f"{statistics.median(values):.0f}", ha="center", va="bottom")
+    axes.set_xticks(range(len(speeds)), [re.sub(" (recipe|lazy)$", r"\n\1", name) for name in speeds])
+    axes.set(ylabel="samples/s", ylim=(0, 1.1 * highest),
+             title=f"Training throughput, batch {batch_size}, {fields} fields")  # fmt: skip
+    axes.set_xlabel(f"bars: medians, dots: the {repeats} runs" if repeats > 1 else "", fontsize=9, color="#555555")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.plot, dpi=100)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -333,6 +333,10 @@ def label(axes, runs, coloured, place):
             finish_course(axes[name], title + monitor, star, place)
     finish_course(axes["rate"], "Learning rate", cut, "step")
     finish_course(axes["speed"], "Throughput, samples/s", averaged, "step")
+    last = max(last_step(run) for run in runs)
+    for panel in axes.values():
+        if panel.get_xlabel() == "step" and panel.lines:
+            panel.set_xlim(-0.03 * last, 1.03 * last)
     rates = [line["lr"] for run in runs for line in run.train if 1e-30 < line["lr"] < math.inf]
     if rates:
         scale_rates(axes["rate"], rates)

@@ -369,8 +369,8 @@ def work(args, command=None):
         print("\n" + report(runs, without, terminal_width()))
     failed = [name for name in names if sweep.runs[name]["state"] == "failed"]
     if failed:
-        raise UserError(f"{len(failed)} of {count_of(len(names))} failed: {cli.shorten(failed)}; mend the cause and start "
-                        "the same command again")
+        raise UserError(f"{len(failed)} of {count_of(len(names))} failed: {cli.shorten(failed)}; mend the cause and "
+                        "start the same command again")
 
 
 def main(argv=None, command=None):

@@ -27,7 +27,7 @@ from its first job and wants to parse the options itself; Guild AI does nearly t
 """
 
 import argparse
-import fcntl
+import ctypes
 import hashlib
 import itertools
 import json
@@ -39,12 +39,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
-from tools.compare_runs import report, terminal_width
 from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.handle_early_interrupt()
+
+from tools.compare_runs import report, terminal_width
 from tools.trainer.cli import Parser, UserError, brief
+from tools.trainer.files import fits, hold, read_json, write_json
 from tools.trainer.runs import best_evaluation, metrics_of, monitored, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +62,20 @@ LISTS = ("dnn", "table_size_array")  # options whose values have commas
 HEAVY = ("model", "tables", "tables_fm")  # folders of a run that --keep is about
 LONGEST_NAME = 120  # characters of a run's folder
 PATIENCE = 60  # seconds that a run may take to end after Ctrl-C
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+TOOL = "tools/sweep.py"
+
+
+def is_folder_name(text):
+    """What lies in a folder of this name may be removed, so it must not lead elsewhere."""
+    return re.fullmatch(r"[a-z][A-Za-z0-9_.,+-]*", text) is not None
+
+
+RUN = {"arguments": [str], "state": lambda state: state in ("new", "started", "finished", "failed"),
+       "seconds?": float, "status?": int, "error?": str, "removed?": bool}
+STATE = {"tool": lambda tool: tool == TOOL,  # our mark
+         "runs": lambda runs: isinstance(runs, dict) and all(is_folder_name(name) and fits(run, RUN)
+                                                             for name, run in runs.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -153,30 +173,14 @@ class Sweep:
     def __init__(self, folder, command, environment=()):
         self.folder, self.command, self.environment = Path(folder), command, list(environment)
         self.runs = {}
-        self.lock = None
 
-    def open(self):
-        """Make the folder, hold it against other sweeps, and read what was run. Raises: UserError"""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another sweep runs in {self.folder}, or a training run that one left when it was killed; "
-                            "wait for its end or stop it") from None
-        except OSError:
-            pass  # a network file system without locks
+    def open(self, held):
+        """Make the folder, hold it until `held` closes, and read what was run. Raises: UserError"""
+        hold(self.folder, held, f"another sweep runs in {self.folder}; wait for its end or stop it")
         self.runs = read_state(self.folder / "sweep.json")
 
     def write(self):
-        """sweep.json; complete on disk before the old one goes."""
-        path = self.folder / "sweep.json"
-        scratch = path.with_name("sweep.json.tmp")
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump({"tool": "tools/sweep.py", "runs": self.runs}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_json(str(self.folder / "sweep.json"), {"tool": TOOL, "runs": self.runs})
 
     def plan(self, grid, trainer_arguments):
         """Names of the runs of this grid, in order; new ones are added. Raises: UserError"""
@@ -216,9 +220,9 @@ class Sweep:
         output = self.folder / name / "output.log"
         with open(output, "ab") as file:
             start = file.tell()
-            # in a session of its own: Ctrl-C reaches it once, through `stop`; it holds the lock if we are killed
+            # in a session of its own: Ctrl-C reaches it once, through `stop`
             process = subprocess.Popen(self.command_of(name), stdin=subprocess.DEVNULL, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self.lock,))
+                                       stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
             try:
                 status = process.wait()
             except BaseException:
@@ -258,24 +262,14 @@ class Sweep:
 
 def read_state(path):
     """The runs of sweep.json; {} when there is none. Raises: UserError when it is not as Sweep.write makes it."""
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, RecursionError):
-        content = None
-    runs = content.get("runs") if isinstance(content, dict) and content.get("tool") == "tools/sweep.py" else None
-    if not isinstance(runs, dict) or not all(is_record(name, run) for name, run in runs.items()):
-        raise UserError(f"{path} is not what tools/sweep.py writes; mend it, or use another --output_dir")
-    return runs
+    return read_json(path, STATE, "mend it, or use another --output_dir")["runs"]
 
 
-def is_record(name, run):
-    """The name must be one folder's: what lies in it may be removed."""
-    return (re.fullmatch(r"[a-z][A-Za-z0-9_.,+-]*", name) and isinstance(run, dict)
-            and run.get("state") in ("new", "started", "finished", "failed")
-            and isinstance(run.get("seconds", 0), (int, float)) and isinstance(run.get("arguments"), list)
-            and all(isinstance(argument, str) for argument in run["arguments"]))
+def end_with_parent():
+    """In a process that is starting: end (SIGTERM) also when this one is killed and cannot end it itself."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def difference(before, now):
@@ -360,10 +354,11 @@ def run_all(sweep, names, keep):
 def work(args, command=None):
     environment = ["DATA_DIR=" + os.environ.get("DATA_DIR", ""), "launcher"] if args.launcher else []
     sweep = Sweep(args.output_dir, command or (LAUNCHER if args.launcher else TRAINER), environment)
-    sweep.open()
-    names = sweep.plan(args.grid, args.trainer_arguments)
-    sweep.write()
-    run_all(sweep, names, args.keep)
+    with ExitStack() as held:
+        sweep.open(held)
+        names = sweep.plan(args.grid, args.trainer_arguments)
+        sweep.write()
+        run_all(sweep, names, args.keep)
     runs, without = sweep.read(sweep.runs)
     if runs:
         print("\n" + report(runs, without, terminal_width()))
@@ -382,5 +377,4 @@ def main(argv=None, command=None):
 
 
 if __name__ == "__main__":
-    cli.handle_early_interrupt()
     sys.exit(main())

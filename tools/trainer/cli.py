@@ -168,6 +168,15 @@ def _terminated(*_):
     raise SystemExit(TERMINATED)
 
 
+def _prepare_streams():
+    """Print to nowhere where the caller closed a stream, and names of files with any letters to any terminal."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the program
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     """Call work() and return the exit code: its own, or 0. Mistakes, full disks, signals end in one line.
 
@@ -175,6 +184,7 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
+    _prepare_streams()
     try:
         code = work()
         sys.stdout.flush()

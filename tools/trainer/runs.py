@@ -12,19 +12,31 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.trainer.cli import UserError, brief
+from tools.trainer.cli import UserError, first_line
+from tools.trainer.files import check_json, count, read_json
 
-NUMBERS = {"train": ("step", "epoch", "loss", "lr", "samples_per_second"), "val": ("step", "epoch", "auc", "logloss"),
-           "test": ("step", "epoch", "auc", "logloss")}  # in every line of metrics.jsonl, by event
-OPTIONAL_NUMBERS = ("monitor", "gauc", "gauc_share", "calibration", "ece")  # not in files of earlier versions
+LARGEST_NUMBER = 1e39  # above all float32; what is larger only breaks the arithmetic of who draws it
+
+
+def number(value):
+    """A schema. NaN and infinity fit: AUC is NaN when all labels are equal."""
+    return type(value) in (int, float) and not LARGEST_NUMBER < abs(value) < math.inf
+
+
+EVALUATION = {"step": count, "epoch": count, "auc": number, "logloss": number, "monitor?": (number, None),
+              "gauc?": (number, None), "calibration?": (number, None), "ece?": (number, None)}
+LINES = {  # of metrics.jsonl by event; earlier versions write less
+    "train": {"step": count, "epoch": count, "loss": number, "lr": number, "samples_per_second": number},
+    "val": EVALUATION, "test": EVALUATION,
+}
 MONITORS = {  # what --monitor makes of an evaluation; the largest is the best
     "auc-logloss": ("AUC - logloss", lambda line: line["auc"] - line["logloss"]),
     "auc": ("AUC", lambda line: line["auc"]),
     "logloss": ("-logloss", lambda line: -line["logloss"]),
 }
-LARGEST_NUMBER = 1e39  # above all float32; what is larger only breaks the arithmetic of who draws it
+INFO = {"options?": dict, "data?": dict, "versions?": dict, "machine?": dict,
+        "monitor?": lambda value: isinstance(value, str) and value in MONITORS}  # run.json
 DEPTH = 3  # levels of folders in which runs are looked for
-HINT = "is this the trainer's metrics.jsonl?"
 
 
 class Run(NamedTuple):
@@ -134,59 +146,25 @@ def read_metrics(path):
     A last line without a line end is one that the trainer is writing, or was killed in: it is left out.
     Raises: UserError with the line's number when one is not as the trainer writes it.
     """
-    events = {event: [] for event in NUMBERS}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        values = parse_line(line, f"{path}, line {number}")
+    events = {event: [] for event in LINES}
+    for place, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values = json.loads(line.decode("utf-8"))
+            check_json(values, {"event": lambda event: isinstance(event, str) and event in LINES})
+            check_json(values, LINES[values["event"]])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {place} is not a line of the trainer's log ({first_line(error)}); give the "
+                            "metrics.jsonl of a run") from None
         events[values["event"]].append(values)
     return {event: sorted(lines, key=lambda line: line["step"]) for event, lines in events.items()}
 
 
-def parse_line(line, where):
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        text = brief(line.decode("utf-8", "replace").strip(), 40)
-        raise UserError(f"{where}: {text!r} is not JSON; {HINT}") from None
-    event = values.get("event") if isinstance(values, dict) else None
-    if not isinstance(event, str) or event not in NUMBERS:
-        raise UserError(f"{where}: the event is {brief(repr(event))}, expected {', '.join(NUMBERS)}; {HINT}")
-    for name in NUMBERS[event]:
-        if not is_number(values.get(name)):
-            raise UserError(f"{where}: {name} is {brief(repr(values.get(name)))}, expected a number; {HINT}")
-    for name in ("step", "epoch"):
-        if not (math.isfinite(values[name]) and values[name] >= 0 and values[name] == int(values[name])):
-            raise UserError(f"{where}: {name} is {values[name]}, expected a whole number from 0 on; {HINT}")
-    for name in OPTIONAL_NUMBERS:
-        if values.get(name) is not None and not is_number(values[name]):
-            raise UserError(f"{where}: {name} is {brief(repr(values[name]))}, expected a number; {HINT}")
-    return values
-
-
-def is_number(value):
-    """NaN and infinity are: AUC is NaN when all labels are equal."""
-    return type(value) in (int, float) and not LARGEST_NUMBER < abs(value) < math.inf
-
-
 def read_info(path):
     """run.json, or None for a run of an earlier version, which did not write its options. Raises: UserError"""
-    hint = "mend it, or remove it to see the metrics alone"
-    try:
-        info = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON; {hint}") from None
-    if not isinstance(info, dict):
-        raise UserError(f"{path} is {brief(repr(info))}, expected a JSON object; {hint}")
-    if "options" not in info:
-        return None
-    for name in ("options", "data", "versions", "machine"):
-        if not isinstance(info.get(name, {}), dict):
-            raise UserError(f"{path}: {name} is {brief(repr(info[name]))}, expected an object; {hint}")
-    monitor = info.get("monitor", "auc-logloss")
-    if not isinstance(monitor, str) or monitor not in MONITORS:
-        raise UserError(f"{path}: monitor is {brief(repr(monitor))}, expected {', '.join(MONITORS)}; {hint}")
-    return info
+    info = read_json(path, INFO, "mend it, or move it away to see the metrics alone")
+    return info if "options" in info else None
 
 
 # -------------------------------------------------------------------------------------------------------------- results

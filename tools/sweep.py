@@ -61,7 +61,7 @@ NOT_TRAINING = ("overwrite_tables", "eval_only", "predict", "predict_output")  #
 LISTS = ("dnn", "table_size_array")  # options whose values have commas
 HEAVY = ("model", "tables", "tables_fm")  # folders of a run that --keep is about
 LONGEST_NAME = 120  # characters of a run's folder
-PATIENCE = 60  # seconds that a run may take to end after Ctrl-C
+PATIENCE, MORE_PATIENCE = 60, 10  # seconds that a run may take to end after Ctrl-C, and after a second one
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 TOOL = "tools/sweep.py"
 
@@ -281,7 +281,7 @@ def difference(before, now):
 
 def stop(process):
     """End a run as Ctrl-C would; again after PATIENCE seconds or a second signal, at which the launcher kills it."""
-    for patience in (PATIENCE, 10):
+    for patience in (PATIENCE, MORE_PATIENCE):
         try:
             process.send_signal(signal.SIGINT)
             process.wait(patience)

@@ -85,6 +85,23 @@ def test_step(tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_plot_shows_the_median_and_every_run(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    times = {"trainer recipe": [10.0, 12.5, 20.0], "matrix products": [5.0, 4.0, 8.0]}  # ms for 100 samples
+    runs = {name: [{"ms_per_step": ms} for ms in values] for name, values in times.items()}
+    runs["start-up recipe"] = [{"seconds": 8.0}] * 3
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    benchmark.plot_step({"settings": {"batch_size": 100, "fields": 5}, "runs": runs}, tmp_path / "step.png")
+    [axes] = plt.gcf().axes
+    monkeypatch.undo()
+    plt.close("all")
+    assert [bar.get_height() for bar in axes.patches] == [8000, 20000]
+    assert [list(dots.get_ydata()) for dots in axes.lines] == [[10000, 8000, 5000], [20000, 25000, 12500]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["trainer\nrecipe", "matrix products"]
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 25000
+
+
 def test_a_failing_run_shows_the_trainers_words(capsys):
     assert benchmark.main(["step", *TINY, "--batch_size", "64", "--net_dropout", "2", "--processes", "2"]) == 1
     error = capsys.readouterr().err

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found
 from tools.trainer import cli
 
 if __name__ == "__main__":
-    cli.handle_early_interrupt()
+    cli.start_script()
 
 from tools.trainer.cli import Parser
 from tools.trainer.runs import (

@@ -76,7 +76,8 @@ def test_the_learning_rate_is_drawn_where_it_was_used(tmp_path):
 
 
 def test_a_cut_between_two_lines_is_where_the_evaluation_was(tmp_path):
-    lines = [train_line(100, 0.01), eval_line("val", 150, 1, 0.7, 0.4), train_line(200, 0.001)]
+    lines = [train_line(100, 0.01), eval_line("val", 125, 1, 0.7, 0.4), eval_line("val", 150, 1, 0.6, 0.4),
+             train_line(200, 0.001)]
     axes = draw(write_run(tmp_path / "a", lines))["Learning rate"]
     assert segments(axes) == [(0, 150, 0.01), (150, 200, 0.001)]
     assert axes.get_title(loc="right") == "triangle: cut"

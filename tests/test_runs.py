@@ -20,7 +20,8 @@ def test_a_run_is_found_by_its_folder_its_logs_and_its_file(tmp_path):
     folder = write_run(tmp_path / "demo" / "logs").parent
     for path in (folder, folder / "logs", folder / "logs" / "metrics.jsonl"):
         assert [run.name for run in read(str(path))] == ["demo"]
-    assert len(read(folder, folder / "logs")) == 1  # a run given twice counts once
+    (tmp_path / "link").symlink_to(folder)
+    assert len(read(folder, folder / "logs", tmp_path / "link")) == 1  # a run given twice counts once
 
 
 def test_a_folder_of_runs_in_the_order_of_their_numbers(tmp_path):

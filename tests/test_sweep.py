@@ -14,7 +14,7 @@ from conftest import ROOT, trainer_command
 
 # writes what the trainer writes; a learning rate of 1 fails, of 2 waits until `go` lies in the current folder
 FAKE_TRAINER = """
-import argparse, json, os, sys, time
+import argparse, json, os, signal, sys, time
 parser = argparse.ArgumentParser()
 for name in ("data_dir", "dnn", "learning_rate", "net_dropout", "seed", "model_save_dir", "persistent_path",
              "persistent_path_fm", "log_dir"):
@@ -35,6 +35,12 @@ with open(os.path.join(args.log_dir, "run.json"), "w") as file:
 print("this is the trainer", flush=True)
 rate = float(args.learning_rate or 0.001)
 if rate == 2:
+    def end(*_):
+        with open("signals", "a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        os._exit(130)
+    signal.signal(signal.SIGINT, end)
     with open("waiting", "w") as file:
         file.write(str(os.getpid()))
     while not os.path.exists("go"):
@@ -69,9 +75,9 @@ def run_sweep(*arguments):
 
 
 def start_sweep(*arguments):
-    """In a process of its own; waits until its trainer waits."""
+    """In a process and session of its own; waits until its trainer waits."""
     process = subprocess.Popen([sys.executable, "driver.py", str(ROOT), "--output_dir", "out", *arguments],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: os.path.exists("waiting") or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     return process
@@ -228,10 +234,12 @@ def test_keep_best_and_none():
 def test_a_stopped_sweep_goes_on_where_it_was(number, status, word):
     arguments = ["--grid", "learning_rate=1e-2,2,1e-3", "--", "--data_dir", "d"]
     process = start_sweep(*arguments)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (status, f"error: {word}; the same command goes on where it was\n")
     assert has_ended(waiting_trainer())
+    with open("signals") as file:
+        assert file.read() == "x"  # a second one would end it without care
     assert list(state().values()) == ["finished", "started", "new"]
     open("go", "w").close()
     assert run_sweep(*arguments) == 0

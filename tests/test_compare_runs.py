@@ -113,7 +113,7 @@ def test_runs_without_run_json_show_their_metrics(tmp_path):
     text = compare_runs.report(*read_some_runs([tmp_path]))
     rows = {row["run"]: row for row in table(text.split("\n\n")[0])}
     assert rows["old"]["seed"] == "-" and rows["old"]["test AUC"] == "0.780000" and rows["new"]["seed"] == "1"
-    assert text.splitlines()[-2:] == ["options unknown, no run.json: old", "no metrics yet: starting"]
+    assert text.splitlines()[-2:] == ["options unknown, no run.json: old (1)", "no metrics yet: starting (1)"]
 
 
 def test_other_metrics_have_columns_where_a_run_has_them(tmp_path):

@@ -47,7 +47,7 @@ def test_runs_without_metrics_are_named(tmp_path):
     write_run(tmp_path / "starting", [])
     found, without = runs.read_some_runs([tmp_path])
     assert [run.name for run in found] == ["going"] and without == ["starting"]
-    with pytest.raises(UserError, match="starting: no metrics yet; wait for the first logged step"):
+    with pytest.raises(UserError, match="no metrics yet: starting .1.; wait for the first logged step"):
         runs.read_some_runs([tmp_path / "starting"])
 
 
@@ -145,7 +145,7 @@ def test_columns_that_do_not_fit_go_below():
 
 
 def test_texts_are_cut_in_the_middle_and_printable():
-    assert runs.shorten("learning_rate_0.001,seed_1", 15) == "learni...seed_1"
+    assert runs.cut_middle("learning_rate_0.001,seed_1", 15) == "learni...seed_1"
     assert runs.printable("a\nb\x1b\udcff") == "a?b??"
 
 

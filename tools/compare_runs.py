@@ -40,13 +40,13 @@ from tools.trainer.cli import Parser
 from tools.trainer.runs import (
     MONITORS,
     best_evaluation,
+    cut_middle,
     evaluated_within_epochs,
     last_step,
     monitored,
     printable,
     read_some_runs,
     samples_per_second,
-    shorten,
     table_text,
 )
 
@@ -173,7 +173,7 @@ def value_text(values, name, length=LONGEST_VALUE):
     value = values.get(name, "-")
     if isinstance(value, list):
         value = ",".join(map(str, value))
-    return shorten(printable("none" if value is None else str(value)), length)
+    return cut_middle(printable("none" if value is None else str(value)), length)
 
 
 def number_text(value, decimals):
@@ -201,7 +201,7 @@ def run_rows(comparison, with_step):
     for run in comparison["runs"]:
         numbers = [run["steps"], run["best_epoch"], *[run["best_step"]] * with_step]
         rows.append([
-            shorten(run["name"], LONGEST_NAME), *(value_text(run["differs"], name) for name in columns),
+            cut_middle(run["name"], LONGEST_NAME), *(value_text(run["differs"], name) for name in columns),
             *(number_text(number, 0) for number in numbers),
             *(number_text(metric_of(run, split, metric), decimals) for split, metric, _, decimals in metrics),
             number_text(run["samples_per_second"], 1)])
@@ -233,13 +233,13 @@ def report(runs, without=(), width=None):
     notes = [best_note(runs, comparison)] if len(runs) > 1 else []
     unknown = [run.name for run in runs if run.info is None]
     if unknown:
-        notes.append(f"options unknown, no run.json: {', '.join(unknown)}")
+        notes.append(f"options unknown, no run.json: {cli.shorten(unknown)}")
     counted = sum(len(group["runs"]) for group in comparison["groups"])
     if repeated and counted < len(runs) - len(unknown):
         notes.append(f"left out of the means, as another run has the same options and seed: "
                      f"{len(runs) - len(unknown) - counted}")
     if without:
-        notes.append(f"no metrics yet: {', '.join(without)}")
+        notes.append(f"no metrics yet: {cli.shorten(without)}")
     notes = [note for note in notes if note]
     return "\n\n".join(parts + ["\n".join(notes)] * bool(notes))
 

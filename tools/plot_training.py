@@ -58,12 +58,12 @@ from tools.trainer.cli import Parser, UserError
 from tools.trainer.runs import (
     MONITORS,
     best_evaluation,
+    cut_middle,
     evaluated_within_epochs,
     last_step,
     monitored,
     printable,
     read_some_runs,
-    shorten,
     table_text,
 )
 
@@ -131,7 +131,7 @@ def table_row(run, names):
     """Texts for column_names; a dash stands for what has not happened yet. Test is scored once, at the end."""
     best, test = best_evaluation(run), run.test[-1] if run.test else None
     place = "step" if "best step" in names else "epoch"
-    row = [shorten(run.name, LONGEST_NAME), f"{last_step(run):.0f}", f"{best[place]:.0f}" if best else "-"]
+    row = [cut_middle(run.name, LONGEST_NAME), f"{last_step(run):.0f}", f"{best[place]:.0f}" if best else "-"]
     return row + [f"{line[metric]:.6f}" if line else "-" for line in (best, test) for metric in ("auc", "logloss")]
 
 
@@ -407,7 +407,7 @@ def calibration_rows(names, all_bins):
     rows = [list(CALIBRATION_COLUMNS)]
     for name, bins in zip(names, all_bins):
         ratio = f"{bins.mean_predicted / bins.mean_actual:.4f}" if bins.mean_actual else "-"
-        rows.append([shorten(name, LONGEST_NAME), str(bins.rows.sum()), str(bins.clicks.sum()),
+        rows.append([cut_middle(name, LONGEST_NAME), str(bins.rows.sum()), str(bins.clicks.sum()),
                      f"{bins.mean_predicted:.6f}", f"{bins.mean_actual:.6f}", ratio, f"{bins.ece:.6f}"])
     return rows
 
@@ -503,7 +503,7 @@ def plot_runs(args):
     save(draw(runs), args.output)
     print(table_text(table_rows(runs)))
     if without:
-        print(f"no metrics yet: {', '.join(without)}")
+        print(f"no metrics yet: {cli.shorten(without)}")
 
 
 def plot_calibration(args):

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.trainer.cli import UserError, first_line
+from tools.trainer.cli import UserError, first_line, shorten
 from tools.trainer.files import check_json, count, read_json
 
 LARGEST_NUMBER = 1e39  # above all float32; what is larger only breaks the arithmetic of who draws it
@@ -136,7 +136,7 @@ def read_some_runs(paths):
     """read_runs, with at least one run. Raises: UserError"""
     runs, without = read_runs(paths)
     if not runs:
-        raise UserError(f"{', '.join(without)}: no metrics yet; wait for the first logged step (--loss_print_interval)")
+        raise UserError(f"no metrics yet: {shorten(without)}; wait for the first logged step (--loss_print_interval)")
     return runs, without
 
 
@@ -209,7 +209,7 @@ def printable(text):
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def shorten(text, length):
+def cut_middle(text, length):
     """Both ends of a text, when it is too long."""
     head = (length - 3) // 2
     return text if len(text) <= length else text[:head] + "..." + text[len(text) - (length - 3 - head):]

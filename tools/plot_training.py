@@ -290,7 +290,7 @@ def draw(runs):
     place = "step" if evaluated_within_epochs(runs) else "epoch"
     thin = len(coloured) <= THIN_LINES
     # equal learning rates lie on each other: those below show as margins
-    widths = np.linspace(min(5.0, 0.3 + 1.2 * len(coloured)), 1.5, len(coloured))
+    widths = np.linspace(min(3.2, 0.4 + 1.1 * len(coloured)), 1.5, len(coloured))
     for run, look, width in [*((run, LOOK_OF_THE_REST, 0.8) for run in grey), *zip(coloured, looks, widths)]:
         if run.train:
             draw_smoothed(axes["loss"], run, look, "loss", thin)

@@ -6,20 +6,22 @@
 prints what the trainer keeps as best_checkpoint of each run, and writes the picture:
 
     run    steps  best epoch   val AUC  val logloss  test AUC  test logloss
-    small    600           5  0.791415     0.458567  0.782837      0.466417
-    fast     500           1  0.794747     0.449648  0.790917      0.453364
+    small    600           5  0.792606     0.457643  0.783596      0.465838
+    fast     500           1  0.794732     0.449612  0.790909      0.453312
     wrote training.png
 
 RUN is a --model_save_dir, a --log_dir or a metrics.jsonl of deepfm_train_eval.py, or a folder of such runs; a run may
 still be going on. Panels: training loss; what the run monitors, val AUC and val logloss, with the best evaluation
 marked; learning rate with its cuts; throughput. Of more than ten runs the ten best are in colour, the rest in grey.
 
-    python tools/plot_training.py --calibration predictions.parquet --output calibration.png
+    python tools/plot_training.py --calibration small.parquet fast.parquet --output calibration.png
 
-draws click rates against predictions in 20 bins of equal mass, with 95 % intervals (Wilson), and the rows of the bins:
+draws click rates against predictions in 20 bins of equal mass, with 95 % intervals (Wilson), and the rows and clicks of
+each bin; on logarithmic scales where most bins crowd near 0:
 
-    file         rows  clicks  predicted CTR  actual CTR  predicted/actual       ECE
-    predictions 25000    6180       0.240000    0.247200            0.9709  0.011000
+    file    rows  clicks  predicted CTR  actual CTR  predicted/actual       ECE
+    small  25000    6213       0.236011    0.248520            0.9497  0.039530
+    fast   25000    6213       0.233367    0.248520            0.9390  0.018133
     wrote calibration.png
 
 FILE is parquet or CSV with the columns probability and Label: what the trainer writes with --predict_output and

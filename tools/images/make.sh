@@ -21,8 +21,8 @@ train() { # name, further arguments
 }
 
 predict() { # name
-  train "$1" --model_load_dir "runs/$1/best_checkpoint" --predict data/mine/test --predict_output "$1.parquet" \
-    --keep_columns Label
+  "$python" "$root/deepfm_train_eval.py" --model_load_dir "runs/$1/best_checkpoint" --predict data/mine/test \
+    --predict_output "$1.parquet" --keep_columns Label
 }
 
 if [[ -n $step_json ]]; then

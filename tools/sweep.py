@@ -114,7 +114,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(__doc__, usage="%(prog)s [options] --output_dir DIR -- TRAINER_ARGUMENTS")
-    parser.add_argument("--grid", type=grid_axis, action="append", default=[], metavar="NAME=VALUE,VALUE",
+    parser.add_argument("--grid", type=grid_axis, action="append", metavar="NAME=VALUE,VALUE",
                         help="an option of the trainer with its values; several times for all combinations")
     parser.add_argument("--seeds", type=seed_list, metavar="SEED,SEED", help="seeds for every combination")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the runs")
@@ -124,8 +124,7 @@ def parse_args(argv=None):
                         help="train with train_deepfm_criteo_x4.sh: its recipe, and all processes that it chooses")
     args = parser.parse_args(argv[:cut])
     args.trainer_arguments = argv[cut + 1:]
-    if args.seeds:
-        args.grid.append(("seed", args.seeds))
+    args.grid = [*(args.grid or []), *([("seed", args.seeds)] if args.seeds else [])]
     names = [name for name, _ in args.grid]
     given = [argument[2:].partition("=")[0] for argument in args.trainer_arguments if argument.startswith("--")]
     if not names:

@@ -1,4 +1,4 @@
-"""tools/images/make.sh, which makes the pictures of README.md."""
+"""tools/images/make.sh, which makes the pictures of README.md and tools/BENCHMARKS.md."""
 
 import json
 import os
@@ -14,9 +14,10 @@ SCRIPT = ROOT / "tools" / "images" / "make.sh"
 TRAINER = {f"--{action.dest}" for action in make_parser()._actions}
 
 
-def test_it_makes_every_picture_of_the_readme():
-    pictures = set(re.findall(r"tools/images/(\w+\.png)", (ROOT / "README.md").read_text()))
-    assert pictures and pictures <= set(re.findall(r"\w+\.png", SCRIPT.read_text()))
+def test_it_makes_every_picture_of_the_pages():
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "tools/BENCHMARKS.md"))
+    pictures = set(re.findall(r"images/(\w+\.png)", pages))
+    assert len(pictures) > 1 and pictures <= set(re.findall(r"\w+\.png", SCRIPT.read_text()))
     assert {path.name for path in (ROOT / "tools" / "images").glob("*.png")} >= pictures
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the pictures of README.md again, in this folder or in OUT: training.png and calibration.png from two runs on the
-# synthetic sample, as README.md describes them, some 2 minutes on 2 cores; step.png from what benchmark.py measured:
+# Make the pictures of README.md and tools/BENCHMARKS.md again, in this folder or in OUT: training.png and calibration.png
+# from two runs on the synthetic sample, about a minute on 2 cores; step.png from what benchmark.py measured:
 #
 #   bash tools/images/make.sh
 #   python tools/benchmark.py step --peer /path/to/python/with/torch --repeats 5 --steps 16 --json step.json

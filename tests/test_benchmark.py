@@ -47,7 +47,7 @@ def test_floor_multiplies_all_matrices_of_a_step(monkeypatch, tmp_path):
         def cblas_sgemm(order, transpose_a, transpose_b, m, n, k, one, a, lda, b, ldb, zero, c, ldc):
             calls.append((order, transpose_a, transpose_b, m, n, k, lda, ldb, ldc))
 
-    monkeypatch.setattr(benchmark_workers, "import_trainer", lambda: SimpleNamespace(BLAS="test"))
+    monkeypatch.setattr(benchmark_workers, "import_startup", lambda: SimpleNamespace(BLAS="test"))
     monkeypatch.setattr(benchmark_workers.ctypes, "CDLL", lambda path: Library)
     spec = {"rows": 10, "sizes": [6, 4, 1], "steps": 1, "processes": 1, "process": 0, "folder": str(tmp_path)}
     benchmark_workers.floor_worker(spec)

@@ -135,10 +135,17 @@ def open_trainer(spec):
 
 
 def import_trainer():
-    sys.path.insert(0, str(TOOLS.parent))
+    import_startup()  # before anything that loads SciPy's matrix library
     import deepfm_train_eval
 
     return deepfm_train_eval
+
+
+def import_startup():
+    sys.path.insert(0, str(TOOLS.parent))
+    from tools.trainer import startup
+
+    return startup
 
 
 def peer_worker(spec):
@@ -193,8 +200,8 @@ def floor_worker(spec):
     """One process's share of the matrix products of a step: each layer forward, weight gradient, input gradient."""
     import numpy as np
 
-    trainer = import_trainer()
-    library = ctypes.CDLL(None if trainer.BLAS else trainer.flow._oneflow_internal.__file__)
+    startup = import_startup()
+    library = ctypes.CDLL(None if startup.BLAS else startup.flow._oneflow_internal.__file__)
     rng, rows, calls = np.random.default_rng(0), spec["rows"], []
 
     def product(m, n, k, transpose_a, transpose_b):
@@ -217,7 +224,7 @@ def floor_worker(spec):
         for call in calls:
             call()
     ms = 1000 * (time.perf_counter() - start) / spec["steps"]
-    return {"ms_per_step": ms, "blas": trainer.BLAS or "OneFlow built-in"}
+    return {"ms_per_step": ms, "blas": startup.BLAS or "OneFlow built-in"}
 
 
 def wait_for_all(spec):

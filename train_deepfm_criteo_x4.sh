@@ -22,7 +22,8 @@
 #   CUDA_VISIBLE_DEVICES    the GPUs to use
 #   PYTHON, VENV, ONEFLOW_VERSION   see tools/setup_env.sh
 set -euo pipefail
-root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+script=$(readlink -f "${BASH_SOURCE[0]}")
+root=$(dirname "$script")
 
 # Published hyperparameters; the learning rate is cut after every epoch without a gain, and two in a row end the run.
 RECIPE=(--embedding_vec_size 16 --dnn 1000,1000,1000,1000,1000 --net_dropout 0.2 --batch_size 10000
@@ -31,6 +32,76 @@ RECIPE=(--embedding_vec_size 16 --dnn 1000,1000,1000,1000,1000 --net_dropout 0.2
 # The sample has 100 steps an epoch at this batch size.
 DEMO=(--batch_size 2000 --train_batches 200 --loss_print_interval 20)
 MAX_CPU_PROCESSES=8
+
+# Runs a command that the kernel kills when the process that started it is gone, however that ended.
+LIFELINE=$(cat <<'PYTHON'
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; stays when the command takes the place of this program
+parent, launcher, command = os.getppid(), int(sys.argv[1]), sys.argv[2:]
+if parent != launcher and os.getpgid(parent) != os.getpgrp():  # gone already
+    sys.exit(128 + signal.SIGKILL)
+os.execv(command[0], command)
+PYTHON
+)
+
+# Copies all output to where stdout went, fd 3, and to the log. When that is a terminal, it lends one of its own, so that
+# programs show progress bars, and leaves the bars out of the log. What is in the file of notes goes before the first
+# output, unless that is an error.
+RELAY=$(cat <<'PYTHON'
+import fcntl, os, signal, sys, termios, tty
+from contextlib import suppress
+
+log_path, notes_path = sys.argv[1:]
+source, screen, line, log = 0, 3, b"", None
+
+def copy_size(*_):
+    with suppress(OSError):
+        fcntl.ioctl(source, termios.TIOCSWINSZ, fcntl.ioctl(screen, termios.TIOCGWINSZ, bytes(8)))
+
+def write(file, data):
+    with suppress(OSError):  # nobody reads any more, or the disk is full
+        while data:
+            data = data[os.write(file, data):]
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)  # ends with its input
+try:
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+except OSError as error:
+    write(screen, f"note: cannot write {log_path}: {error.strerror}\n".encode())
+terminal = ""
+if os.isatty(screen):
+    with suppress(OSError):
+        source, end = os.openpty()
+        terminal = os.ttyname(end)
+        tty.setraw(end)
+        copy_size()
+        signal.signal(signal.SIGWINCH, copy_size)
+write(1, terminal.encode() + b"\n")
+if terminal:
+    os.read(0, 1)  # until the launcher has opened it, or is gone
+    os.close(end)
+while True:
+    try:
+        data = os.read(source, 1 << 16)
+    except OSError:  # a terminal that all have closed
+        data = b""
+    with suppress(FileNotFoundError), open(notes_path, "rb") as notes:
+        os.remove(notes_path)
+        data = data if data.startswith(b"error: ") else notes.read() + data
+    write(screen, data)
+    if log is not None:
+        *lines, line = (line + data).split(b"\n")
+        write(log, b"".join(text.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for text in lines))
+        line = line[-(1 << 16):]  # a bar goes on for hours
+    if not data:
+        break
+if log is not None:
+    write(log, line.rpartition(b"\r")[2])
+PYTHON
+)
 
 die() {
   echo "error: $1" >&2
@@ -51,16 +122,21 @@ option_value() {
   echo "$value"
 }
 
-check_number() { # name, value, smallest
-  [[ $2 =~ ^[0-9]{1,9}$ ]] && ((10#$2 >= $3)) || die "$1=$2 is not a whole number of at least $3" 2
+# Ends with a message unless the variable is a whole number in a range; leaves it without leading zeros.
+check_number() { # name of the variable, smallest, largest
+  local value=${!1}
+  [[ $value =~ ^[0-9]{1,9}$ ]] && ((10#$value >= $2 && 10#$value <= $3)) ||
+    die "$1=$value is not a whole number from $2 to $3" 2
+  printf -v "$1" %d "$((10#$value))"
 }
 
 check_environment() {
-  check_number NUM_NODES "$NUM_NODES" 1
-  check_number NODE_RANK "$NODE_RANK" 0
+  check_number NUM_NODES 1 4096
+  check_number NODE_RANK 0 4095
   ((NODE_RANK < NUM_NODES)) || die "NODE_RANK=$NODE_RANK is not below NUM_NODES=$NUM_NODES; count nodes from 0" 2
-  [[ -z ${DEVICE_NUM_PER_NODE:-} ]] || check_number DEVICE_NUM_PER_NODE "$DEVICE_NUM_PER_NODE" 1
-  [[ -z ${MASTER_PORT:-} ]] || check_number MASTER_PORT "$MASTER_PORT" 1
+  [[ -z ${DEVICE_NUM_PER_NODE:-} ]] || check_number DEVICE_NUM_PER_NODE 1 256
+  [[ -z ${OMP_NUM_THREADS:-} ]] || check_number OMP_NUM_THREADS 1 1024
+  [[ -z ${MASTER_PORT:-} ]] || check_number MASTER_PORT 1 65535
   ((NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] ||
     die "NUM_NODES=$NUM_NODES needs MASTER_ADDR, the address of node 0" 2
   [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] ||
@@ -116,7 +192,22 @@ choose_processes() {
   # large pages, where the kernel gives them on request only: 6 % less time per step (glibc 2.35 and later)
   ((gpus)) || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-  echo "$processes process(es) on this node, $OMP_NUM_THREADS thread(s) each, $cores CPU core(s), $gpus GPU(s)"
+  describe_layout "$cores" "$gpus" >>"$scratch/notes"
+}
+
+# Such as "2 processes with 1 thread each on 2 CPU cores, no GPU"; tools/benchmark.py reads the first two numbers.
+describe_layout() { # cores, GPUs
+  local text
+  text="$(count "$processes" process processes) with $(count "$OMP_NUM_THREADS" thread threads)"
+  ((processes == 1)) || text+=" each"
+  text+=" on $(count "$1" "CPU core" "CPU cores")"
+  (($2)) && text+=" and $(count "$2" GPU GPUs)" || text+=", no GPU"
+  ((NUM_NODES == 1)) || text+=", node $NODE_RANK of $NUM_NODES (from 0)"
+  echo "$text"
+}
+
+count() { # number, singular, plural
+  (($1 == 1)) && echo "1 $2" || echo "$1 $3"
 }
 
 # Makes the demo's dataset, unless an earlier run did; sets DATA_DIR.
@@ -124,12 +215,12 @@ make_demo_data() {
   local raw=$root/data/criteo_sample_raw
   DATA_DIR=$root/data/criteo_sample
   if [[ -f $DATA_DIR/dataset_info.json && -f $raw/sample_info.json ]]; then
-    echo "demo: using the sample in $DATA_DIR"
+    echo "demo: using the sample in $DATA_DIR" >"$scratch/notes"
     return
   fi
   echo "demo: no DATA_DIR given, making a synthetic Criteo sample in $DATA_DIR"
-  run "$python" "$root/tools/make_criteo_sample.py" --output_dir "$raw"
-  run "$python" "$root/tools/criteo_parquet.py" --input_dir "$raw" --output_dir "$DATA_DIR"
+  run "${lifeline[@]}" "$python" "$root/tools/make_criteo_sample.py" --output_dir "$raw"
+  run "${lifeline[@]}" "$python" "$root/tools/criteo_parquet.py" --input_dir "$raw" --output_dir "$DATA_DIR"
 }
 
 print_best_auc() {
@@ -141,30 +232,30 @@ print_best_auc() {
 run() {
   local status=0
   set -m
-  "$@" </dev/null &
+  "$@" &
   group=$!
   set +m
-  wait "$group" || status=$?
+  wait "$group" 2>/dev/null || status=$? # without what bash says when a signal ends it
   while kill -0 "$group" 2>/dev/null; do # a signal to this script ended the wait
     status=0
-    wait "$group" || status=$?
+    wait "$group" 2>/dev/null || status=$?
   done
   end_group
   return "$status"
 }
 
-# True while a process of the group lives; an orphan that nobody has waited for does not count.
-group_lives() {
+# The processes of the group that live, one a line; an orphan that nobody has waited for does not count.
+group_members() {
   { cat /proc/[0-9]*/stat 2>/dev/null || true; } | # some end while they are listed
-    sed 's/.*) //' | awk -v group="$group" '$3 == group && $1 != "Z" {found = 1} END {exit !found}'
+    awk -v group="$group" '{pid = $1; sub(/.*\) /, "")} $3 == group && $1 != "Z" {print pid}'
 }
 
-# Ends what is left of the group. A process may take a while to stop, for example to save a checkpoint.
+# Ends what is left of the group; its first process has ended, and the others can do nothing without it.
 end_group() {
   local tries
   kill -TERM -- "-$group" 2>/dev/null || true
-  for ((tries = 0; tries < 300; tries++)); do
-    group_lives || break
+  for ((tries = 0; tries < 50; tries++)); do
+    [[ -n $(group_members) ]] || break
     sleep 0.1
   done
   kill -KILL -- "-$group" 2>/dev/null || true
@@ -172,50 +263,63 @@ end_group() {
 }
 
 on_signal() { # name, number
+  local pid members
   signal_status=$((128 + $2))
   if [[ -z $group ]]; then
     exit "$signal_status"
-  elif ((signals++ == 0)); then
-    echo "stopping; once more to stop at once" >&2
-    kill -s "$1" -- "-$group" 2>/dev/null || true
-  else
+  elif ((signals++)); then
     kill -KILL -- "-$group" 2>/dev/null || true
+    return
   fi
+  echo "stopping; once more to stop at once" >&2
+  members=$(group_members)
+  for pid in $members; do
+    # OneFlow's launcher would end the others before they can answer; it ends when one of them does
+    [[ $pid == "$group" && $launched == 1 && $members != "$group" ]] || kill -s "$1" "$pid" 2>/dev/null || true
+  done
 }
 
 on_exit() {
   rm -rf "$scratch"
-  # the log is complete when tee has read all of it
+  # the log is complete when the relay has read all of it
   exec >&- 2>&-
-  [[ -z $tee_pid ]] || wait "$tee_pid" 2>/dev/null || true
+  [[ -z $relay_pid ]] || wait "$relay_pid" 2>/dev/null || true
 }
 
 train() {
-  local status=0 launch
+  local status=0 rank=0 launch
   if ((processes * NUM_NODES == 1)); then
-    run "$python" -u "$root/deepfm_train_eval.py" "$@"
-    return
+    run "${lifeline[@]}" "$python" -u "$root/deepfm_train_eval.py" "$@" || status=$?
+    name_signal
+    return "$status"
   fi
   launch=(--nproc_per_node "$processes" --nnodes "$NUM_NODES" --node_rank "$NODE_RANK"
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$(free_port)}")
-  # OneFlow's launcher ends with status 1 and a traceback of its own whatever a process returned, so each process notes
-  # its status, and the launcher's own messages are shown only when it failed by itself.
-  run "$BASH" -c 'exec "${@:2}" 2>"$1"' launch "$scratch/launch.err" \
-    "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "$BASH" -c '
-    file=$1 status=0
-    shift
-    exec 2>&1
-    "$@" || status=$? # bash says here which process was killed
-    [[ $status == 0 ]] || echo "$status" >>"$file"
-    exit "$status"' trainer "$scratch/status" "$python" -u "$root/deepfm_train_eval.py" "$@" || status=$?
+  launched=1
+  # OneFlow's launcher says much when a process fails and ends with status 1 then. So its output goes to a file that is
+  # shown only when it failed by itself; ours passes it as stdin, and each process notes its status.
+  run "${lifeline[@]}" "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "${lifeline[@]}" "$BASH" -c '
+    trap : INT TERM HUP # the trainer answers them
+    exec 3>&0 >/dev/null 2>&1 </dev/null # bash has nothing to say
+    "${@:2}" >&3 2>&3 3>&- || { status=$?; echo "$status $RANK" >>"$1"; exit "$status"; }' trainer "$scratch/status" \
+    "${lifeline[@]}" "$python" -u "$root/deepfm_train_eval.py" "$@" <&1 >"$scratch/launch.log" 2>&1 || status=$?
   if [[ -s $scratch/status ]]; then
-    status=$(head -n 1 "$scratch/status") # the first process that failed; others may have been ended because of it
+    read -r status rank <"$scratch/status" # the first process that failed; others may have been ended because of it
+    name_signal
   elif ((signals)); then
     status=$signal_status
   elif ((status)); then
-    cat "$scratch/launch.err" >&2
+    cat "$scratch/launch.log" >&2
   fi
   return "$status"
+}
+
+# Says which signal ended a process that could not say anything itself.
+name_signal() {
+  case $((status - 128)) in
+    9) echo "error: process $rank was killed (SIGKILL); the system does that when memory runs out" >&2 ;;
+    4 | 6 | 7 | 8 | 11) echo "error: process $rank crashed (SIG$(kill -l "$status"))" >&2 ;;
+  esac
 }
 
 free_port() {
@@ -226,18 +330,30 @@ free_port() {
   fi
 }
 
+# From here on all output goes through the relay.
+start_relay() {
+  local terminal log=run.log
+  ((NODE_RANK == 0)) || log=run_node$NODE_RANK.log # nodes may share a file system
+  exec 3>&1
+  coproc relay { exec "$python" -ISc "$RELAY" "$log" "$scratch/notes"; }
+  relay_pid=$relay_PID
+  read -r terminal <&"${relay[0]}"
+  if [[ -n $terminal ]]; then exec >"$terminal"; else exec >&"${relay[1]}"; fi
+  exec 2>&1
+  exec 3>&- {relay[0]}<&- {relay[1]}>&-
+}
+
 main() {
   local options=() save_dir tables tables_fm
   case " $* " in *" --help "* | *" -h "*)
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$root/train_deepfm_criteo_x4.sh"
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$script"
     exit ;;
   esac
   check_environment
   run bash "$root/tools/setup_env.sh" >"$scratch/python"
   python=$(<"$scratch/python")
-  # the run and its log go on when nobody reads the output any more
-  exec > >(trap '' PIPE; exec tee -i "$log") 2>&1
-  tee_pid=$!
+  lifeline=("$python" -ISc "$LIFELINE" $$)
+  start_relay
   options=("${RECIPE[@]}")
   save_dir=$(option_value --model_save_dir --model_save_dir "${MODEL_SAVE_DIR:-}" "$@")
   tables=$(option_value --persistent_path --persistent_path "${PERSISTENT_PATH:-}" "$@")
@@ -264,12 +380,12 @@ main() {
 
 NUM_NODES=${NUM_NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
-log=run.log
-[[ $NODE_RANK == 0 ]] || log=run_node$NODE_RANK.log # nodes may share a file system
-group="" signals=0 signal_status=0 tee_pid="" demo=0
+group="" signals=0 signal_status=0 launched=0 relay_pid="" demo=0 lifeline=()
 scratch=$(mktemp -d)
 trap on_exit EXIT
 trap 'on_signal INT 2' INT
 trap 'on_signal TERM 15' TERM
 trap 'on_signal HUP 1' HUP
+unset RANK LOCAL_RANK WORLD_SIZE # another launcher's; NUM_NODES and NODE_RANK count here
+exec </dev/null
 main "$@"

@@ -271,6 +271,7 @@ on_signal() { # name, number
     kill -KILL -- "-$group" 2>/dev/null || true
     return
   fi
+  [[ ! -t 2 ]] || printf '\033[2K\r' >&2 # in place of a progress bar
   echo "stopping; once more to stop at once" >&2
   members=$(group_members)
   for pid in $members; do
@@ -298,11 +299,12 @@ train() {
   launched=1
   # OneFlow's launcher says much when a process fails and ends with status 1 then. So its output goes to a file that is
   # shown only when it failed by itself; ours passes it as stdin, and each process notes its status.
-  run "${lifeline[@]}" "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "${lifeline[@]}" "$BASH" -c '
+  run "$BASH" -c 'exec "${@:2}" <&1 >"$1" 2>&1' launch "$scratch/launch.log" "${lifeline[@]}" \
+    "$python" -m oneflow.distributed.launch "${launch[@]}" --no_python "${lifeline[@]}" "$BASH" -c '
     trap : INT TERM HUP # the trainer answers them
     exec 3>&0 >/dev/null 2>&1 </dev/null # bash has nothing to say
     "${@:2}" >&3 2>&3 3>&- || { status=$?; echo "$status $RANK" >>"$1"; exit "$status"; }' trainer "$scratch/status" \
-    "${lifeline[@]}" "$python" -u "$root/deepfm_train_eval.py" "$@" <&1 >"$scratch/launch.log" 2>&1 || status=$?
+    "${lifeline[@]}" "$python" -u "$root/deepfm_train_eval.py" "$@" || status=$?
   if [[ -s $scratch/status ]]; then
     read -r status rank <"$scratch/status" # the first process that failed; others may have been ended because of it
     name_signal

@@ -5,5 +5,5 @@
 #   ONEFLOW_VERSION=0.8.0 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=$(bash tools/setup_env.sh)
+python=$(bash tools/setup_env.sh tests spark onnx)
 exec "$python" -m pytest -o testpaths=tests "$@" </dev/null

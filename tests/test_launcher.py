@@ -1,103 +1,14 @@
-"""train_deepfm_criteo_x4.sh and tools/setup_env.sh, run in a copy of the project with a stub trainer, tools and pip."""
+"""train_deepfm_criteo_x4.sh in a copy of the project with a stub trainer, tools and pip."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 from conftest import ROOT
-
-LAUNCHER = "train_deepfm_criteo_x4.sh"
-STUB_TRAINER = """
-import json, os, sys, time
-record = {"argv": sys.argv[1:], "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
-path = os.path.join(os.environ["RECORDS"], "rank" + os.environ.get("RANK", "0"))
-with open(path + ".part", "w") as file:
-    json.dump(record, file)
-os.rename(path + ".part", path)
-print("out of the trainer", flush=True)
-print("err of the trainer", file=sys.stderr, flush=True)
-time.sleep(float(os.environ.get("SECONDS_TO_SLEEP", "0")))
-status = int(os.environ.get("STATUS", "0"))
-if status < 0 and os.environ.get("RANK", "0") == "0":
-    os.kill(os.getpid(), -status)
-sys.exit(status)
-"""
-STUB_SAMPLE = """
-import json, os, sys
-os.makedirs(sys.argv[2])
-json.dump({"best_auc": 0.75}, open(sys.argv[2] + "/sample_info.json", "w"))
-"""
-STUB_CONVERTER = """
-import os, sys
-os.makedirs(sys.argv[4])
-open(sys.argv[4] + "/dataset_info.json", "w").close()
-"""
-# an interpreter whose venv is a copy of itself, and whose pip and oneflow are always there
-STUB_PYTHON = f"""#!/usr/bin/env bash
-echo "$*" >>"$RECORDS/python"
-case $* in
-  "-m pip "*) [[ $2 != pip || $3 == --version ]] || exit "${{PIP_STATUS:-0}}" ;;
-  "-c import oneflow") ;;
-  "-m venv "*) mkdir -p "${{@: -1}}/bin"; touch "${{@: -1}}/pyvenv.cfg"; cp "$0" "${{@: -1}}/bin/python" ;;
-  *) exec {sys.executable} "$@" ;;
-esac
-"""
-
-
-def write_executable(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-def is_running(pid):
-    """False when the process has ended, also when its new parent has not asked for its status yet."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(") ")[2][0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-class Project:
-    """A copy of the launcher with stubs around it."""
-
-    def __init__(self, folder):
-        self.folder, self.records = folder / "project", folder / "records"
-        self.records.mkdir()
-        write_executable(folder / "bin" / "python3.10", STUB_PYTHON)
-        (self.folder / "tools").mkdir(parents=True)
-        for name in (LAUNCHER, "tools/setup_env.sh", "requirements.txt"):
-            shutil.copy(ROOT / name, self.folder / name)
-        (self.folder / "deepfm_train_eval.py").write_text(STUB_TRAINER)
-        (self.folder / "tools" / "make_criteo_sample.py").write_text(STUB_SAMPLE)
-        (self.folder / "tools" / "criteo_parquet.py").write_text(STUB_CONVERTER)
-        self.data = folder / "data"
-        self.data.mkdir()
-        self.env = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "RECORDS": str(self.records),
-                    "CUDA_VISIBLE_DEVICES": "", "DEVICE_NUM_PER_NODE": "1"}  # fmt: skip
-
-    def start(self, *arguments, script=LAUNCHER, **env):
-        env = {key: value for key, value in {**self.env, **env}.items() if value is not None}
-        return subprocess.Popen(["bash", script, *arguments], cwd=self.folder, env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)  # fmt: skip
-
-    def run(self, *arguments, **env):
-        process = self.start(*arguments, **env)
-        process.out, process.err = process.communicate(timeout=60)
-        return process
-
-    def record(self, rank=0):
-        return json.loads((self.records / f"rank{rank}").read_text())
-
-    def python_calls(self):
-        return (self.records / "python").read_text().splitlines()
+from stub_project import LAUNCHER, Project, Terminal, is_running, wait_for
 
 
 @pytest.fixture
@@ -128,7 +39,7 @@ def test_output_goes_to_run_log_too_and_the_status_is_kept(project):
 
 
 def test_the_log_is_complete_when_nobody_reads_the_output(project):
-    project.run(script="tools/setup_env.sh")
+    project.set_up()
     launcher = project.start(DATA_DIR=str(project.data), STATUS="7", SECONDS_TO_SLEEP="1")
     launcher.stdout.close()
     launcher.stderr.close()
@@ -137,10 +48,32 @@ def test_the_log_is_complete_when_nobody_reads_the_output(project):
     assert "out of the trainer" in log and "err of the trainer" in log
 
 
-def test_a_link_to_the_launcher(project, tmp_path):
-    (tmp_path / "elsewhere").symlink_to(project.folder / LAUNCHER)
-    done = project.run(script=str(tmp_path / "elsewhere"), DATA_DIR=str(project.data))
+def test_a_log_that_cannot_be_written_is_said(project):
+    (project.folder / "run.log").mkdir()
+    done = project.run(DATA_DIR=str(project.data))
+    assert done.returncode == 0
+    assert done.out.splitlines()[0] == "note: cannot write run.log: Is a directory"
+    assert "out of the trainer" in done.out
+
+
+def test_a_link_to_the_launcher_from_another_folder(project, tmp_path):
+    (tmp_path / "else where").mkdir()
+    (tmp_path / "else where" / "link").symlink_to(project.folder / LAUNCHER)
+    done = project.run(script="link", cwd=tmp_path / "else where", DATA_DIR="../data")
     assert done.returncode == 0, done.err
+    assert (tmp_path / "else where" / "run.log").read_text() == done.out
+    assert "--data_dir ../data" in " ".join(project.record()["argv"])
+    assert "DATA_DIR " in project.run("--help", script="link", cwd=tmp_path / "else where").out
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_data_folder_with_any_name(project, tmp_path, processes):
+    data = tmp_path / "a  b'c \"d\" [e]* $f; #g"
+    data.mkdir()
+    done = project.run(DATA_DIR=str(data), DEVICE_NUM_PER_NODE=processes)
+    assert done.returncode == 0, done.err
+    argv = project.record()["argv"]
+    assert argv[argv.index("--data_dir") + 1] == str(data)
 
 
 def test_demo_makes_the_sample_once_and_starts_afresh_each_time(project):
@@ -182,7 +115,14 @@ def test_processes_divide_the_batch(project, cores, batch_size, processes):
      "error: DATA_DIR=nowhere is not a folder; make it with tools/criteo_parquet.py or tools/h5_to_parquet.py"),
     ({"NUM_NODES": "2"}, 2, "error: NUM_NODES=2 needs MASTER_ADDR, the address of node 0"),
     ({"NODE_RANK": "1"}, 2, "error: NODE_RANK=1 is not below NUM_NODES=1; count nodes from 0"),
-    ({"DEVICE_NUM_PER_NODE": "all"}, 2, "error: DEVICE_NUM_PER_NODE=all is not a whole number of at least 1"),
+    ({"NODE_RANK": "08"}, 2, "error: NODE_RANK=8 is not below NUM_NODES=1; count nodes from 0"),
+    ({"NODE_RANK": "a[0]"}, 2, "error: NODE_RANK=a[0] is not a whole number from 0 to 4095"),
+    ({"NUM_NODES": "0"}, 2, "error: NUM_NODES=0 is not a whole number from 1 to 4096"),
+    ({"DEVICE_NUM_PER_NODE": "abc"}, 2, "error: DEVICE_NUM_PER_NODE=abc is not a whole number from 1 to 256"),
+    ({"MASTER_PORT": "9" * 30}, 2, f"error: MASTER_PORT={'9' * 30} is not a whole number from 1 to 65535"),
+    ({"DEVICE_NUM_PER_NODE": "257"}, 2, "error: DEVICE_NUM_PER_NODE=257 is not a whole number from 1 to 256"),
+    ({"MASTER_PORT": "65536"}, 2, "error: MASTER_PORT=65536 is not a whole number from 1 to 65535"),
+    ({"OMP_NUM_THREADS": "all"}, 2, "error: OMP_NUM_THREADS=all is not a whole number from 1 to 1024"),
 ])  # fmt: skip
 def test_a_mistake_is_one_clear_line(project, env, status, message):
     done = project.run(**env)
@@ -190,34 +130,116 @@ def test_a_mistake_is_one_clear_line(project, env, status, message):
     assert not (project.records / "python").exists()  # before anything is installed
 
 
+def test_numbers_are_decimal_and_those_of_another_launcher_do_not_count(project):
+    done = project.run(DATA_DIR=str(project.data), NUM_NODES="9", NODE_RANK="08", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT="029500", RANK="abc", WORLD_SIZE="x")  # fmt: skip
+    assert done.returncode == 0, done.out + done.err
+    assert done.out.startswith("1 process with ") and "no GPU, node 8 of 9 (from 0)\n" in done.out
+    assert (project.records / "rank8").exists()
+    assert (project.folder / "run_node8.log").read_text() == done.out
+    assert project.run(DATA_DIR=str(project.data), RANK="abc").returncode == 0
+    assert (project.records / "rank0").exists()
+
+
+@pytest.mark.parametrize("processes, threads, cores, gpus, expected", [
+    (1, 1, 1, 0, "1 process with 1 thread on 1 CPU core, no GPU"),
+    (2, 1, 2, 0, "2 processes with 1 thread each on 2 CPU cores, no GPU"),
+    (1, 16, 16, 1, "1 process with 16 threads on 16 CPU cores and 1 GPU"),
+    (8, 12, 96, 8, "8 processes with 12 threads each on 96 CPU cores and 8 GPUs"),
+])  # fmt: skip
+def test_the_layout_in_plain_english(project, processes, threads, cores, gpus, expected):
+    script = (project.folder / LAUNCHER).read_text()
+    functions = script[: script.rindex('\nmain "$@"')]
+    (project.folder / LAUNCHER).write_text(
+        f"{functions}\nprocesses={processes} OMP_NUM_THREADS={threads}\ndescribe_layout {cores} {gpus}\n")
+    assert project.run().out == expected + "\n"
+    found = re.search(r"(\d+) process(?:es)? with (\d+) thread", expected)  # as benchmark.py does
+    assert (int(found[1]), int(found[2])) == (processes, threads)
+
+
+@pytest.mark.parametrize("processes, data", [("1", True), ("2", True), ("1", False)])
+def test_a_wrong_argument_is_one_line(project, processes, data):
+    env = {"DEVICE_NUM_PER_NODE": processes, "DATA_DIR": str(project.data) if data else None}
+    project.run(**{**env, "DEVICE_NUM_PER_NODE": "1"})  # makes environment and sample
+    done = project.run("--wrong", **env)
+    assert (done.returncode, done.out, done.err) == (2, "error: unrecognized arguments: --wrong\n", "")
+    assert (project.folder / "run.log").read_text() == done.out
+
+
 def test_two_processes_keep_the_trainers_status_without_a_traceback(project):
     done = project.run(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE="2", STATUS="7")
     assert done.returncode == 7, done.out + done.err
     assert project.record(0)["argv"] == project.record(1)["argv"]
-    assert "Traceback" not in done.out + done.err
-    assert "err of the trainer" in done.out
+    lines = ["err of the trainer"] * 2 + ["out of the trainer"] * 2
+    assert sorted(done.out.splitlines()[1:]) == lines and done.out[0] == "2"
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_killed_process_is_named(project, processes):
+@pytest.mark.parametrize("number, message", [
+    (signal.SIGKILL, "error: process 0 was killed (SIGKILL); the system does that when memory runs out"),
+    (signal.SIGSEGV, "error: process 0 crashed (SIGSEGV)"),
+])  # fmt: skip
+def test_a_killed_process_is_named(project, processes, number, message):
     """As the kernel does when memory runs out."""
-    done = project.run(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=processes, STATUS="-9", SECONDS_TO_SLEEP="0.5")
-    assert done.returncode == 128 + signal.SIGKILL
-    assert "Killed" in done.out and "Traceback" not in done.out
+    env = {"STATUS": str(-number), "SECONDS_TO_SLEEP": "0.3"}
+    done = project.run(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=processes, **env)
+    assert done.returncode == 128 + number
+    assert done.out.splitlines()[-1] == message
+    assert "Traceback" not in done.out and LAUNCHER not in done.out
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_ends_all_processes(project, processes):
     launcher = project.start(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=str(processes), SECONDS_TO_SLEEP="100")
-    files = [project.records / f"rank{rank}" for rank in range(processes)]
-    deadline = time.monotonic() + 60
-    while not all(file.exists() for file in files) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_for(lambda: project.have_started(processes))
     launcher.send_signal(signal.SIGTERM)
     out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGTERM
-    assert "stopping; once more to stop at once" in out + err
+    assert out.splitlines()[-1] == "stopping; once more to stop at once"
     assert [rank for rank in range(processes) if is_running(project.record(rank)["pid"])] == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_of_the_launcher_leaves_no_process(project, processes):
+    project.set_up()
+    launcher = project.start(DATA_DIR=str(project.data), DEVICE_NUM_PER_NODE=str(processes), SECONDS_TO_SLEEP="100")
+    assert wait_for(lambda: project.have_started(processes))
+    launcher.kill()
+    launcher.communicate(timeout=10)  # ends when all that hold its output have ended
+    assert [rank for rank in range(processes) if is_running(project.record(rank)["pid"])] == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal(project, processes):
+    """All processes are interrupted, and one of them says what to do, between the launcher's words and the end."""
+    project.set_up()
+    env = project.environment({"DATA_DIR": str(project.data), "DEVICE_NUM_PER_NODE": str(processes),
+                               "SECONDS_TO_SLEEP": "100"})  # fmt: skip
+    terminal = Terminal(["bash", LAUNCHER], project.folder, env)
+    terminal.read_until(lambda shown: shown.count("err of the trainer") == processes)
+    before = len(terminal.shown)
+    terminal.press_ctrl_c()
+    lines = terminal.read_until()[before:].replace("^C", "").replace("\x1b[2K\r", "").split("\r\n")
+    assert terminal.close() == 128 + signal.SIGINT
+    said = ["stopping; once more to stop at once", "error: interrupted; continue with --resume"]
+    assert lines == [*said, ""]
+    assert (project.folder / "run.log").read_text().splitlines()[-2:] == said
+    received = sorted((project.records / "signals").read_text().splitlines())
+    assert received == [f"{rank} SIGINT" for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_progress_bars_in_a_terminal(project, processes):
+    project.set_up()
+    env = project.environment({"DATA_DIR": str(project.data), "DEVICE_NUM_PER_NODE": str(processes)})
+    terminal = Terminal(["bash", LAUNCHER], project.folder, env, columns=77)
+    shown = terminal.read_until()
+    assert terminal.close() == 0
+    assert "\rbar 1 of 77 columns\rbar 2\r" in shown
+    log = (project.folder / "run.log").read_text()
+    assert sorted(log.splitlines()[1:]) == ["err of the trainer"] * processes + ["out of the trainer"] * processes
+    assert "process" in log.splitlines()[0] and shown.startswith(log.splitlines()[0])
+    assert "bar" not in project.run(DATA_DIR=str(project.data)).out  # no terminal
 
 
 def test_the_trainer_takes_all_options_of_the_launcher(project):
@@ -236,63 +258,11 @@ def test_help_names_every_environment_variable(project):
     script = (ROOT / LAUNCHER).read_text().split("set -euo pipefail")[1]
     used = set(re.findall(r"\$\{([A-Z_]{4,}):-", script))
     assert done.returncode == 0
-    assert {name for name in used if name not in done.out} == set()
+    assert {name for name in used if name not in done.out} == set(), done.out
     assert {"DATA_DIR", "PERSISTENT_PATH", "MODEL_SAVE_DIR", "MASTER_ADDR"} <= used
 
 
-def test_setup_installs_once(project):
-    for _ in range(2):
-        done = project.run(script="tools/setup_env.sh")
-        assert done.out == f"{project.folder}/.venv/bin/python\n", done.err
-    installs = [call for call in project.python_calls() if call.startswith("-m pip install")]
-    assert len(installs) == 1
-    with open(project.folder / "requirements.txt", "a") as file:
-        file.write("another==1\n")
-    project.run(script="tools/setup_env.sh")
-    assert len([call for call in project.python_calls() if call.startswith("-m pip install")]) == 2
-
-
-def test_setup_starts_again_after_a_failure(project):
-    failed = project.run(script="tools/setup_env.sh", PIP_STATUS="1")
-    assert (failed.returncode, failed.out) == (1, "")
-    assert failed.err.splitlines()[-1].startswith("error: pip could not install requirements.txt")
-    assert project.run(script="tools/setup_env.sh").returncode == 0
-    assert len([call for call in project.python_calls() if call.startswith("-m pip install")]) == 2
-
-
-def test_setup_passes_over_an_interpreter_that_does_not_run(project, tmp_path):
-    write_executable(tmp_path / "shims" / "python3.10", "#!/bin/sh\nexit 127\n")
-    done = project.run(script="tools/setup_env.sh", PATH=f"{tmp_path / 'shims'}:{project.env['PATH']}")
-    assert done.returncode == 0, done.err
-    assert f"with {tmp_path / 'bin' / 'python3.10'}" in done.err
-
-
-def test_setup_can_take_another_oneflow(project):
-    done = project.run(script="tools/setup_env.sh", ONEFLOW_VERSION="0.8.0")
-    assert done.out == f"{project.folder}/.venv-0.8.0/bin/python\n", done.err
-    assert "oneflow==0.8.0\n" in (project.folder / ".venv-0.8.0" / "requirements.txt").read_text()
-
-
-def test_setup_leaves_a_folder_that_is_no_environment_alone(project):
-    done = project.run(script="tools/setup_env.sh", VENV=str(project.records.parent))
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: VENV=\S+ exists and is not a virtual environment; remove it or .*\n", done.err)
-
-
-def test_setup_says_what_to_do_without_a_python(project, tmp_path):
-    for name in ("bash", "cat", "dirname", "flock", "ls", "mkdir", "mv", "rm", "sed", "sha256sum"):
-        (tmp_path / "tools").mkdir(exist_ok=True)
-        (tmp_path / "tools" / name).symlink_to(shutil.which(name))
-    script = (project.folder / "tools" / "setup_env.sh").read_text()
-    # the folders that are searched beside PATH may hold a Python on this machine
-    (project.folder / "tools" / "setup_env.sh").write_text(re.sub(r"\{/usr,/usr/local\}/|/opt/", "/nowhere/", script))
-    done = project.run(script="tools/setup_env.sh", PATH=str(tmp_path / "tools"))
-    assert (done.returncode, done.out) == (1, "")
-    assert done.err.startswith("error: no CPython 3.8, 3.9 or 3.10 ") and "or set PYTHON to its path" in done.err
-
-
 def test_run_sh_runs_the_tests_that_are_named(project):
-    (project.folder / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "run.sh", project.folder / "tests")
     for name in ("one", "two"):
         (project.folder / "tests" / f"test_{name}.py").write_text("def test(): pass\n")

@@ -133,9 +133,7 @@ fetch_uv() {
 
 make_venv() {
   local python options=()
-  if [[ -e $VENV && -n $(ls -A "$VENV") ]]; then
-    [[ -f $VENV/pyvenv.cfg ]] ||
-      die "VENV=$VENV exists and is not a virtual environment; remove it or set VENV to another path"
+  if [[ -f $VENV/pyvenv.cfg ]]; then
     if "$VENV/bin/python" -m pip --version </dev/null >/dev/null 2>&1; then
       is_suitable "$VENV/bin/python" ||
         die "VENV=$VENV has $("$VENV/bin/python" -V), OneFlow needs CPython 3.8 to 3.10;" \
@@ -225,6 +223,8 @@ install_group() { # group
 set_up() { # groups
   local group
   [[ $(uname -sm) == "Linux x86_64" ]] || die "OneFlow has wheels for x86-64 Linux only; this is $(uname -sm)"
+  [[ -f $VENV/pyvenv.cfg || ! -e $VENV || -z $(ls -A "$VENV") ]] ||
+    die "VENV=$VENV exists and is not a virtual environment; remove it or set VENV to another path"
   mkdir -p "$(dirname "$VENV")" && : >"$log" || die "cannot write $log; set VENV to a path where you may"
   if [[ $1 == training ]]; then
     say "Setting up $VENV: up to $size_all; the log is $log"

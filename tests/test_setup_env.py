@@ -182,8 +182,8 @@ def test_an_import_that_crashes(project):
     done = project.set_up(ONEFLOW_SIGNAL="BUS")
     assert done.returncode == 1
     venv = project.folder / ".venv"
-    assert done.err.splitlines()[-1] == (f"error: oneflow is installed in {venv} but cannot be imported (ended by BUS), "
-                                         f"see {venv}-setup.log")
+    assert done.err.splitlines()[-1] == (f"error: oneflow is installed in {venv} but cannot be imported (ended by BUS)"
+                                         f", see {venv}-setup.log")
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(project, tmp_path):

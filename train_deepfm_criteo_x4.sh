@@ -5,7 +5,7 @@
 #   DATA_DIR=/data/criteo_x4 bash train_deepfm_criteo_x4.sh    the real job, on a folder that a converter in tools/ made
 #
 # Further arguments go to the trainer and win over those set here: see `python deepfm_train_eval.py --help`.
-# The output also goes to run.log in the current folder. The exit status is the trainer's.
+# The output also goes to run.log in the current folder, without progress bars. The exit status is the trainer's.
 #
 # Environment variables, all optional:
 #   DATA_DIR                folder with train/, val/ and test/ parquet shards
@@ -22,6 +22,8 @@
 #   CUDA_VISIBLE_DEVICES    the GPUs to use
 #   PYTHON, VENV, ONEFLOW_VERSION   see tools/setup_env.sh
 set -euo pipefail
+[[ -e /dev/fd/1 ]] || exec >/dev/null # closed
+[[ -e /dev/fd/2 ]] || exec 2>/dev/null
 script=$(readlink -f "${BASH_SOURCE[0]}")
 root=$(dirname "$script")
 
@@ -241,6 +243,7 @@ run() {
     wait "$group" 2>/dev/null || status=$?
   done
   end_group
+  ((signals < 2)) || status=$signal_status # and not what killing it gave
   return "$status"
 }
 
@@ -269,6 +272,7 @@ on_signal() { # name, number
     exit "$signal_status"
   elif ((signals++)); then
     kill -KILL -- "-$group" 2>/dev/null || true
+    wait "$group" 2>/dev/null || true
     return
   fi
   [[ ! -t 2 ]] || printf '\033[2K\r' >&2 # in place of a progress bar
@@ -318,6 +322,7 @@ train() {
 
 # Says which signal ended a process that could not say anything itself.
 name_signal() {
+  ((signals == 0)) || return 0 # it was the user
   case $((status - 128)) in
     9) echo "error: process $rank was killed (SIGKILL); the system does that when memory runs out" >&2 ;;
     4 | 6 | 7 | 8 | 11) echo "error: process $rank crashed (SIG$(kill -l "$status"))" >&2 ;;
@@ -334,15 +339,14 @@ free_port() {
 
 # From here on all output goes through the relay.
 start_relay() {
-  local terminal log=run.log
+  local terminal into from log=run.log
   ((NODE_RANK == 0)) || log=run_node$NODE_RANK.log # nodes may share a file system
   exec 3>&1
   coproc relay { exec "$python" -ISc "$RELAY" "$log" "$scratch/notes"; }
-  relay_pid=$relay_PID
-  read -r terminal <&"${relay[0]}"
-  if [[ -n $terminal ]]; then exec >"$terminal"; else exec >&"${relay[1]}"; fi
-  exec 2>&1
-  exec 3>&- {relay[0]}<&- {relay[1]}>&-
+  relay_pid=$relay_PID from=${relay[0]} into=${relay[1]}
+  read -r terminal <&"$from" || die "the relay of the output did not start"
+  if [[ -n $terminal ]]; then exec >"$terminal"; else exec >&"$into"; fi
+  exec 2>&1 3>&- {from}<&- {into}>&-
 }
 
 main() {

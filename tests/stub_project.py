@@ -22,7 +22,7 @@ def interrupted(number, frame):
     with open(os.path.join(os.environ["RECORDS"], "signals"), "a") as file:
         file.write(f"{rank} {signal.Signals(number).name}\\n")
     os._exit(130)
-signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGINT, signal.SIG_IGN if "IGNORE" in os.environ else interrupted)
 record = {"argv": sys.argv[1:], "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
 path = os.path.join(os.environ["RECORDS"], "rank" + rank)
 with open(path + ".part", "w") as file:

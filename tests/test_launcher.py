@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT
@@ -46,6 +47,13 @@ def test_the_log_is_complete_when_nobody_reads_the_output(project):
     assert launcher.wait(timeout=60) == 7
     log = (project.folder / "run.log").read_text()
     assert "out of the trainer" in log and "err of the trainer" in log
+
+
+def test_closed_output(project):
+    (project.folder / "closed.sh").write_text(f"exec bash {LAUNCHER} >&- 2>&-\n")
+    done = project.run(script="closed.sh", DATA_DIR=str(project.data), STATUS="7")
+    assert (done.returncode, done.out, done.err) == (7, "", "")
+    assert "out of the trainer" in (project.folder / "run.log").read_text()
 
 
 def test_a_log_that_cannot_be_written_is_said(project):
@@ -197,6 +205,17 @@ def test_a_signal_ends_all_processes(project, processes):
     assert launcher.returncode == 128 + signal.SIGTERM
     assert out.splitlines()[-1] == "stopping; once more to stop at once"
     assert [rank for rank in range(processes) if is_running(project.record(rank)["pid"])] == []
+
+
+def test_a_second_signal_kills(project):
+    launcher = project.start(DATA_DIR=str(project.data), SECONDS_TO_SLEEP="100", IGNORE="1")
+    assert wait_for(lambda: project.have_started(1))
+    for _ in range(2):
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert out.splitlines()[-1] == "stopping; once more to stop at once"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

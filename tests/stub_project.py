@@ -38,8 +38,10 @@ if sys.stderr.isatty():
 sys.stderr.write("err of the trainer\\n")
 time.sleep(float(os.environ.get("SECONDS_TO_SLEEP", "0")))
 status = int(os.environ.get("STATUS", "0"))
-if status < 0 and rank == "0":
-    os.kill(os.getpid(), -status)
+if status < 0:  # the first process is killed, the others would wait for it
+    if rank == "0":
+        os.kill(os.getpid(), -status)
+    time.sleep(100)
 sys.exit(status)
 """
 STUB_SAMPLE = """

@@ -1192,7 +1192,7 @@ def main(argv=None):
     except MemoryError as error:
         give_up(f"error: not enough memory for these sizes of model, tables and batch ({error})", 1)
     except KeyboardInterrupt:
-        give_up("interrupted" + ("; continue with --resume" if args.model_save_dir else ""), INTERRUPTED)
+        give_up("error: interrupted" + ("; continue with --resume" if args.model_save_dir else ""), INTERRUPTED)
 
 
 if __name__ == "__main__":

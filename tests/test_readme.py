@@ -60,10 +60,11 @@ def options_of():
         if program not in known:
             script = "deepfm_train_eval.py" if program.startswith("train_deepfm") else program
             words = ["step", "loader", "eval", "scale", "convert"] if "benchmark" in program else [None]
+            runner = "bash" if script.endswith(".sh") else sys.executable
             text = "".join(subprocess.run(
-                [sys.executable, ROOT / script, *([word] if word else []), "--help"], capture_output=True, text=True,
+                [runner, ROOT / script, *([word] if word else []), "--help"], capture_output=True, text=True,
                 check=True).stdout for word in words)
-            known[program] = set(re.findall(r"--([a-z]\w*)", text))
+            known[program] = {"help", *re.findall(r"--([a-z]\w*)", text)}
         return known[program]
 
     return look

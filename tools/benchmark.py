@@ -245,7 +245,7 @@ def train(data_dir, options, interval, steps, processes=None, last_event=("train
         finally:
             end(process)
         output.seek(0)
-        found = re.search(r"(\d+) process\(es\) on this node, (\d+) thread", output.read())
+        found = re.search(r"(\d+) process(?:es)? with (\d+) thread", output.read())
     counted = [line for line in lines if line["event"] == "train"][1:] or lines[:1]
     ms = statistics.mean(line["ms_per_step"] for line in counted)
     batch_size = counted[0]["samples_per_second"] * counted[0]["ms_per_step"] / 1000

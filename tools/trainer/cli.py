@@ -151,8 +151,9 @@ def start_script():
     """Before a script's slow imports: let Ctrl-C end it in one line, and refuse what no launcher would set."""
 
     def end(*_):
-        with suppress(OSError):
-            os.write(2, b"error: interrupted\n")
+        if os.environ.get("LOCAL_RANK", "0") in ("-1", "0"):  # one voice is enough
+            with suppress(OSError):
+                os.write(2, b"error: interrupted\n")
         os._exit(INTERRUPTED)  # there is nothing to clean up yet
 
     signal.signal(signal.SIGINT, end)

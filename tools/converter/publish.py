@@ -1,0 +1,184 @@
+"""Output folders: made hidden, named when whole; locked against a second run; only what carries our mark is replaced.
+
+While a run works, `.NAME.lock` lies beside the output and is locked (flock), and its files are in a hidden folder
+`.NAME.partial-*` that holds a locked file `deepfm_scratch`. What a killed run has left can be told by the lock that nobody
+holds, and is removed by the next run; a folder without that file is not ours and stays.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.converter.encoders import read_info
+from tools.trainer.cli import NO_SPACE, UserError, shorten
+
+MARK = "deepfm_scratch"
+CONTENTS = {"README.md", "dataset_info.json", "train", "val", "test", "vocabulary"}
+
+
+def _shard(name):
+    return name.startswith("part-") and name.endswith(".parquet")
+
+
+def _locked(file):
+    """Lock an open file; False when another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return True  # a file system without locks
+        raise
+
+
+@contextlib.contextmanager
+def output_lock(output):
+    """Context manager: nobody else writes to the folder `output` (resolved path). Raises: UserError"""
+    path = output.parent / f".{output.name}.lock"
+    while True:
+        file = open(path, "a")  # noqa: SIM115
+        if not _locked(file):
+            file.close()
+            raise UserError(f"--output_dir {output} is being written by another run; wait for its end, or choose another "
+                            "folder")
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder has just removed it
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+@contextlib.contextmanager
+def published_folder(output_dir, inputs, overwrite=False):
+    """Context manager: a hidden folder beside output_dir, renamed to output_dir on a normal exit, else removed.
+
+    Whatever ends the program, output_dir is either absent, the old dataset, or a complete new one. A folder that is no
+    dataset, or that holds one of the inputs, is never replaced.
+    """
+    output = Path(output_dir).resolve()  # a link stays, its target is replaced
+    _check_place(output_dir, output, [Path(path).resolve() for path in inputs])
+    _make_parent("--output_dir", output_dir, output.parent)
+    with output_lock(output):
+        _remove_leftovers(output.parent, f".{output.name}.partial-", output)
+        _check_replaced(output_dir, output, overwrite)
+        with marked_folder("--output_dir", output_dir, output.parent, f".{output.name}.partial-") as partial:
+            folder = partial / "dataset"
+            folder.mkdir()
+            yield folder
+            _replace(folder, output, partial / "old")
+
+
+def _replace(folder, output, old):
+    """Give `folder` the name of `output`, and what has it now the name `old`."""
+    try:
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+    except BaseException:  # Ctrl-C between the two, say: `old` is about to be removed
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+
+
+def _check_place(output_dir, output, inputs):
+    if any(output in [source, *source.parents] for source in inputs):
+        raise UserError(f"--output_dir {output_dir} holds the input; choose another folder")
+    if output in [Path.cwd(), *Path.cwd().parents]:
+        raise UserError(f"--output_dir {output_dir} holds the current folder; choose another folder")
+    if os.path.ismount(output):
+        raise UserError(f"--output_dir {output_dir} is a mount point, which cannot be replaced; choose a folder in it")
+
+
+def _check_replaced(output_dir, output, overwrite):
+    """Raise a UserError unless there is nothing at `output`, or a dataset that may go."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file, expected a folder; choose another name")
+    if not overwrite:
+        raise UserError(f"--output_dir {output_dir} exists already; choose another folder or add --overwrite")
+    names = set(os.listdir(output))
+    if not names:
+        return
+    if "dataset_info.json" not in names:
+        raise UserError(f"--output_dir {output_dir} is no dataset: it holds {shorten(sorted(names))} and no "
+                        "dataset_info.json, so --overwrite does not replace it; choose another folder")
+    read_info(output)
+    strange = sorted(name for name in names - CONTENTS if not _shard(name))
+    for split in names & {"train", "val", "test"}:
+        strange += [f"{split}/{name}" for name in sorted(os.listdir(output / split)) if not name.endswith(".parquet")]
+    if strange:
+        raise UserError(f"--output_dir {output_dir} holds {shorten(strange)} beside the dataset, so --overwrite does not "
+                        "replace it; move that elsewhere, or choose another folder")
+
+
+def _make_parent(option, value, parent):
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise UserError(f"{option} {value}: cannot make a folder in {parent} ({error.strerror}); "
+                        "choose a folder that you may write to") from None
+
+
+@contextlib.contextmanager
+def marked_folder(option, value, parent, prefix):
+    """Context manager: a fresh folder in parent with our mark, which is removed at the end, whatever that is."""
+    _make_parent(option, value, parent)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        with open(folder / MARK, "w") as mark:
+            _locked(mark)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def scratch_folder(spark_tmp_dir, folder):
+    """Context manager: a fresh scratch folder in spark_tmp_dir (made if missing), or beside the unpublished dataset."""
+    parent = Path(spark_tmp_dir).resolve() if spark_tmp_dir else Path(folder).parent
+    if spark_tmp_dir and parent.is_dir():
+        _remove_leftovers(parent, "parquet-scratch-")
+    with marked_folder("--spark_tmp_dir", spark_tmp_dir, parent, "parquet-scratch-") as scratch:
+        yield scratch
+
+
+def _remove_leftovers(parent, prefix, output=None):
+    """Remove what killed runs have left; a dataset that was about to be replaced gets its name back."""
+    for name in sorted(os.listdir(parent)):
+        folder = parent / name
+        if not name.startswith(prefix) or not (folder / MARK).is_file():
+            continue
+        with open(folder / MARK, "a") as mark:
+            if not _locked(mark):
+                continue
+            if output is not None and (folder / "old").exists() and not output.exists():
+                (folder / "old").rename(output)
+                print(f"note: a killed run had left the dataset of {output} in {folder}; it is back", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"note: removed {folder}, which a killed run had left", file=sys.stderr)

@@ -1,0 +1,353 @@
+"""Raw files: finding them, cutting them into blocks of whole rows, and reading a block as a table.
+
+Two kinds: text (comma, tab or another separator; plain, gzip or zstd) and parquet. Which one a file is, its compression,
+separator and header are found by looking into it. Paths are never patterns.
+"""
+
+import csv
+import gzip
+import io
+import os
+import re
+import stat
+import zlib
+from collections import namedtuple
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from tools.trainer.cli import UserError, brief, first_line, shorten
+
+BLOCK_BYTES = 8 << 20  # raw text parsed at a time, about 33,000 rows of Criteo
+BLOCK_ROWS = 1 << 15  # rows of a parquet file read at a time
+LONGEST_LINE = 1 << 26  # bytes; a file without line ends must not be read as a whole
+LONGEST_HEADER = 1 << 20
+SEPARATORS = "\t,;|"
+DATA_ENDINGS = (".csv", ".tsv", ".txt", ".gz", ".zst", ".parquet", ".pq")
+MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+BOM = b"\xef\xbb\xbf"
+
+Block = namedtuple("Block", "place rows data")
+Block.__doc__ = """Some rows of a raw file. place: number of the first line (text) or row (parquet), for messages and for
+finding it again; rows: how many; data: bytes of text, or a RecordBatch."""
+
+RawFormat = namedtuple("RawFormat", "columns header separator quotes label", defaults=(None, None, None, True, None))
+RawFormat.__doc__ = """How raw text is written.
+
+columns: names of all columns in file order (None: the header has them); header: True, False, or None (there is one when
+the first line names the label); separator (None: found by looking); quotes: whether cells may be quoted; label: name of
+the label column, or None.
+"""
+
+
+# ------------------------------------------------------------------------------------------------------- finding files
+
+
+def natural_key(path):
+    """Sorts part_10 after part_9."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", os.path.basename(path))]
+
+
+def list_files(path):
+    """Data files of an input, in order: the file itself, or those in a folder. Raises: UserError"""
+    path = Path(path)
+    if not path.is_dir():
+        check_file(path)
+        return [path]
+    names = [entry.name for entry in os.scandir(path) if not entry.name.startswith((".", "_"))]  # _SUCCESS of Spark
+    strange = sorted(name for name in names if not name.lower().endswith(DATA_ENDINGS))
+    if strange:
+        raise UserError(f"{path} holds {shorten(strange)} beside data files ({', '.join(DATA_ENDINGS)}); move it "
+                        "elsewhere, or give the files one by one")
+    if not names:
+        raise UserError(f"{path} has no data files in it; expected names that end in {', '.join(DATA_ENDINGS)}")
+    files = [path / name for name in sorted(names, key=natural_key)]
+    for file in files:
+        check_file(file)
+    return files
+
+
+def check_file(path):
+    """Raise a UserError unless path is a regular file (or a link to one) that is not empty."""
+    try:
+        mode, size = path.stat().st_mode, path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"),
+                                             (stat.S_ISSOCK, "a socket")) if test(mode)), "a device")
+        raise UserError(f"{path} is {kind}, expected a file, which is read more than once; write it to a file first")
+    if not size:
+        raise UserError(f"{path} is empty, expected rows")
+
+
+def open_raw(path, form):
+    """RawText or RawParquet of a file; form: RawFormat, which only text needs."""
+    path = Path(path)
+    check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return RawParquet(path) if head == b"PAR1" else RawText(path, form)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+class RawText:
+    """A text file with one row per line.
+
+    Attributes: path, packed (None, "gzip" or "zstd"), separator, columns (names in file order), has_header, quotes,
+    start: offset of the first row (behind byte order mark and header) in the unpacked file.
+    """
+
+    is_text = True
+
+    def __init__(self, path, form):
+        self.path, self.quotes = path, form.quotes
+        self.share_read = 0.0
+        with open(path, "rb") as file:
+            head = file.read(4)
+        self.packed = "gzip" if head[:2] == b"\x1f\x8b" else "zstd" if head == b"\x28\xb5\x2f\xfd" else None
+        with self.open() as file, self._whole():
+            head = file.read(LONGEST_HEADER)
+        mark = len(BOM) if head.startswith(BOM) else 0
+        encoding = next((name for mark_bytes, name in MARKS if head.startswith(mark_bytes)), None)
+        if encoding is None and b"\0" in head[:200]:
+            encoding = "UTF-16, or not text at all"
+        if encoding:
+            raise UserError(f"{path} is {encoding}, expected text in UTF-8; write it again, say with iconv -t UTF-8")
+        end = head.find(b"\n") + 1
+        if not end and len(head) == LONGEST_HEADER:
+            raise UserError(f"{path} has no line end in its first {LONGEST_HEADER} bytes; expected one row per line")
+        line = head[mark : end or None].rstrip(b"\r\n")
+        if not line:
+            raise UserError(f"{path} is empty or begins with an empty line, expected "
+                            f"{f'{len(form.columns)} columns' if form.columns else 'a header'}")
+        try:
+            line = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line 1: {error.reason} at byte {error.start}; expected text in UTF-8") from None
+        self.separator = form.separator or find_separator(line)
+        self._read_header(line, form)
+        self.start = mark if not self.has_header else end or len(head)
+
+    def _read_header(self, line, form):
+        cells = split_line(line, self.separator, self.quotes)
+        self.has_header = form.header
+        if form.header is None:
+            self.has_header = any(cell.strip().lower() == form.label.lower() for cell in cells)
+        if self.has_header:
+            self.columns = cells
+            twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+            if twice:
+                raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them")
+            return
+        self.columns = list(form.columns)
+        if len(cells) == len(self.columns) - 1 and form.label in self.columns:  # new rows have no label
+            self.columns.remove(form.label)
+
+    @contextmanager
+    def open(self):
+        """The unpacked file, for reading; share_read follows it. Errors of the packing: see _whole."""
+        with open(self.path, "rb") as file:
+            if self.packed == "gzip":
+                stream = gzip.GzipFile(fileobj=file)
+            elif self.packed == "zstd":
+                stream = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
+            else:
+                stream = file
+            self._on_disk = file
+            try:
+                yield stream
+            finally:
+                self._on_disk = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_on_disk": None}
+
+    @contextmanager
+    def _whole(self):
+        """Context manager: what the packing's library raises for a damaged file becomes a UserError."""
+        try:
+            yield
+        except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
+            if not self.packed or isinstance(error, OSError) and error.errno:  # the disk's errors are not the file's
+                raise
+            raise UserError(f"{self.path} is not a whole {self.packed} file ({first_line(error)}); get it again") from None
+
+    def pieces(self, size):
+        """Yield (offset, bytes) of whole lines, about `size` bytes each; sets share_read as it goes."""
+        total = max(1, self.path.stat().st_size)
+        with self.open() as file:
+            with self._whole():
+                offset = len(file.read(self.start))
+            rest = b""
+            while True:
+                with self._whole():
+                    read = file.read(size)
+                self.share_read = min(1.0, self._on_disk.tell() / total)
+                data = rest + read
+                if not read:
+                    if data:
+                        yield offset, data + b"\n"  # the last line had no line end
+                    return
+                end = data.rfind(b"\n") + 1
+                block, rest = data[:end], data[end:]
+                if len(rest) > LONGEST_LINE:
+                    raise self._too_long(offset + len(block))
+                if block:
+                    yield offset, block
+                    offset += len(block)
+
+    def _too_long(self, offset):
+        return UserError(f"{self.path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {offset}; expected one row "
+                         "per line, with line ends as Unix or Windows write them")
+
+    def blocks(self, columns=None):
+        """Yield Blocks of whole lines without the header."""
+        line = 2 if self.has_header else 1
+        for _, data in self.pieces(BLOCK_BYTES):
+            rows = data.count(b"\n")
+            yield Block(line, rows, data)
+            line += rows
+
+    def check_columns(self, wanted):
+        check_columns(self.path, self.columns, wanted)
+
+    def table(self, block, types, problem):
+        """A block as a pyarrow Table of the columns in `types` {name: type}.
+
+        problem: function of {column: cell text} that says what is wrong with a line, or None.
+        Raises: UserError with the line's number.
+        """
+        if b"\0" in block.data:
+            self.check_lines(block, problem)
+        table = self._parsed(block, types)
+        if table is None and pa.int64() in types.values():
+            # "1.0", as pandas writes integers when some are missing
+            table = self._parsed(block, {name: pa.float64() if kind == pa.int64() else kind
+                                         for name, kind in types.items()})
+        if table is None or table.num_rows != block.rows:
+            self.check_lines(block, problem)
+            raise UserError(f"{self.path}, near line {block.place}: the lines cannot be read as {len(self.columns)} "
+                            f"columns separated by {self.separator!r}")
+        return table
+
+    def _parsed(self, block, types):
+        try:
+            return pa_csv.read_csv(
+                pa.BufferReader(block.data),
+                # one chunk per column; blocks are already parsed in parallel
+                pa_csv.ReadOptions(column_names=self.columns, use_threads=False, block_size=len(block.data) + 1),
+                pa_csv.ParseOptions(delimiter=self.separator, quote_char='"' if self.quotes else False,
+                                    ignore_empty_lines=False),
+                pa_csv.ConvertOptions(column_types=types, include_columns=list(types), null_values=[""],
+                                      strings_can_be_null=False))  # fmt: skip
+        except pa.ArrowInvalid:
+            return None
+
+    def check_lines(self, block, problem):
+        """Raise a UserError for the first bad line of a block; return if there is none."""
+        for number, line in enumerate(block.data.split(b"\n")[:-1], block.place):
+            found = self._line_problem(line[:-1] if line.endswith(b"\r") else line, problem)
+            if found:
+                raise UserError(f"{self.path}, line {number}: {found}")
+
+    def _line_problem(self, line, problem):
+        for character, name in ((b"\r", "a carriage return inside the line"), (b"\0", "a zero byte")):
+            if character in line:
+                return f"{name}; the file is damaged, or not plain text of one byte per character"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"{error.reason} at byte {error.start}, expected text in UTF-8; write it again, say with iconv"
+        if self.quotes and text.count('"') % 2:
+            return ("a quote that is not closed; values of several lines cannot be read: write them as parquet, or add "
+                    "--no_quotes where quotes are plain characters")
+        cells = split_line(text, self.separator, self.quotes)
+        if len(cells) != len(self.columns):
+            return f"{len(cells)} columns, expected {len(self.columns)} ({brief(self.columns, 40)})"
+        return problem(dict(zip(self.columns, cells)))
+
+    def bad_value(self, block, error):
+        """UserError of a BadValue in a column of a block."""
+        return UserError(f"{self.path}, line {block.place + error.row}: {error.column} is {error.value}, expected "
+                         f"{error.expected}")
+
+
+def find_separator(line):
+    """The separator that a line has most of; a comma when it has none."""
+    counts = [line.count(separator) for separator in SEPARATORS]
+    return SEPARATORS[counts.index(max(counts))] if any(counts) else ","
+
+
+def split_line(text, separator, quotes):
+    if not quotes or '"' not in text:
+        return text.split(separator)
+    return next(csv.reader(io.StringIO(text), delimiter=separator, strict=False), [""])
+
+
+def check_columns(path, columns, wanted):
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}; its columns are {shorten(columns)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- parquet
+
+
+class RawParquet:
+    """A parquet file of any columns. Attributes: path, columns, num_rows."""
+
+    is_text = False
+    share_read = 1.0
+    packed = None
+
+    def __init__(self, path):
+        self.path = path
+        with self._readable(), pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            self.columns, self.num_rows = schema.names, file.metadata.num_rows
+            self.types = dict(zip(schema.names, schema.types))
+            self.groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if len(set(self.columns)) < len(self.columns):
+            raise UserError(f"{path} has several columns of one name: {shorten(self.columns)}")
+
+    @contextmanager
+    def _readable(self):
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UserError(f"{self.path} is not a readable parquet file ({first_line(error)}); it may be cut short or "
+                            "damaged: get it again") from None
+
+    def check_columns(self, wanted):
+        check_columns(self.path, self.columns, wanted)
+
+    def blocks(self, columns=None, groups=None):
+        """Yield Blocks of the wanted columns; groups: numbers of the row groups to read, default all."""
+        row = sum(self.groups[: groups[0]]) if groups else 0
+        with self._readable(), pq.ParquetFile(self.path) as file:
+            batches = file.iter_batches(BLOCK_ROWS, groups, columns)
+            while True:
+                with self._readable():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                yield Block(row, batch.num_rows, batch)
+                row += batch.num_rows
+
+    def table(self, block, types, problem):
+        return pa.Table.from_batches([block.data]).select(list(types))
+
+    def check_lines(self, block, problem):
+        pass
+
+    def bad_value(self, block, error):
+        return UserError(f"{self.path}, row {block.place + error.row} (counted from 0): {error.column} is {error.value}, "
+                         f"expected {error.expected}")

@@ -1,0 +1,75 @@
+"""The raw files of a conversion, and how many rows they have, after one quick look at all line ends."""
+
+from collections import namedtuple
+
+import numpy as np
+
+from tools.converter import raw as raw_files
+from tools.converter.progress import Progress
+from tools.trainer.cli import UserError
+
+Part = namedtuple("Part", "raw split first_row rows blocks")
+Part.__doc__ = """One file. raw: RawText or RawParquet; split: index into SPLITS, or None; first_row: number of its first
+row over all inputs; rows: how many it has; blocks: list of (line, offset, rows) for text, (row group, rows) for parquet,
+where they were asked for (Spark), else None."""
+
+
+class Source:
+    """Attributes: parts (list of Part), num_rows (all rows), labels (int8 of all rows where they were asked for)."""
+
+    def __init__(self, files, wanted, labels_of=None):
+        """files: list of (RawText or RawParquet, split or None); wanted: raw columns that every file must have.
+
+        labels_of: function that raises the error for a line whose first character is not 0 or 1; with it the first
+        character of every line is kept as its label.
+        """
+        self.parts, self.num_rows, labels = [], 0, []
+        for raw, split in files:
+            raw.check_columns(wanted)
+            rows = count_rows(raw, labels if labels_of else None, labels_of)
+            if not rows:
+                raise UserError(f"{raw.path} has a header but no rows" if raw.is_text else f"{raw.path} has no rows")
+            self.parts.append(Part(raw, split, self.num_rows, rows, None))
+            self.num_rows += rows
+        self.labels = np.concatenate(labels) if labels_of else None
+
+    def rows_of_splits(self, num_splits):
+        """Rows of each split where every file belongs to one; rows of all files where rows are dealt out later."""
+        counts = [0] * num_splits
+        for part in self.parts:
+            for split in range(num_splits) if part.split is None else [part.split]:
+                counts[split] += part.rows
+        return counts
+
+    def bytes_per_row(self):
+        """Size of a raw row on disk, about, unpacked."""
+        size = sum(part.raw.path.stat().st_size * (5 if part.raw.packed or not part.raw.is_text else 1)
+                   for part in self.parts)
+        return size // max(1, self.num_rows)
+
+
+def count_rows(raw, labels, labels_of):
+    """Rows of a file; appends their labels to a list where one is given."""
+    if not raw.is_text:
+        return raw.num_rows
+    with Progress(f"counting {raw.path.name}") as progress:
+        for block in raw.blocks():
+            if labels is not None:
+                labels.append(first_characters(raw, block, labels_of))
+            progress.update(block.rows, raw.share_read)
+    return progress.done
+
+
+def first_characters(raw, block, problem):
+    """The label of every line, which is its first character: int8 (rows)."""
+    data = np.frombuffer(block.data, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    labels = data[np.concatenate([[0], ends[:-1] + 1])] - ord("0")
+    if (labels > 1).any():
+        raw.check_lines(block, problem)
+    return labels.astype(np.int8)
+
+
+def open_files(paths, form):
+    """[RawText or RawParquet] of all data files of some inputs (files or folders)."""
+    return [raw_files.open_raw(file, form) for path in paths for file in raw_files.list_files(path)]

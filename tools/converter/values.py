@@ -1,0 +1,150 @@
+"""Columns of any type as text (categories) or as numbers: one rule for text files, parquet files and data frames.
+
+As text: strings as they are, whole numbers in decimal digits, floats that are whole numbers as if they were integers
+(pandas turns integers with gaps into floats), other floats in their shortest form, booleans as true and false, dates
+and decimals as Arrow prints them. What is missing is the empty text.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+WHOLE = 1 << 53  # floats below it hold every whole number
+
+
+class BadValue(ValueError):
+    """A value that its column cannot have. Attributes: row (within the column), value (as text), expected."""
+
+    def __init__(self, row, value, expected):
+        super().__init__(f"{value}, expected {expected}")
+        self.row, self.value, self.expected = row, value, expected
+
+
+def one_array(column):
+    """A pyarrow Array of a column: of an Array or ChunkedArray, decoded where it is a dictionary."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # no chunks at all, in some versions
+            column = pa.array([], column.type)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    return column
+
+
+def is_text(kind):
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def as_text(column):
+    """string Array without nulls. Raises: BadValue (bytes that are not UTF-8, or a type that is no single value)."""
+    column = one_array(column)
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.array([""] * len(column), pa.string())
+    if pa.types.is_nested(kind):
+        raise BadValue(0, str(kind), "one value a row; a column of lists can be given to --list")
+    if pa.types.is_floating(kind):
+        column = _floats_as_text(column)
+    elif not is_text(kind):
+        try:
+            column = pc.cast(column, pa.string())
+        except pa.ArrowInvalid:
+            row = next(i for i, value in enumerate(column) if not _is_utf8(value.as_py()))
+            raise BadValue(row, repr(column[row].as_py()), "text in UTF-8") from None
+        except pa.ArrowNotImplementedError:
+            raise BadValue(0, f"a value of type {kind}", "text or a number") from None
+    return column.fill_null("") if column.null_count else column
+
+
+def _is_utf8(value):
+    try:
+        return value is None or bool(value.decode("utf-8")) or True
+    except UnicodeDecodeError:
+        return False
+
+
+def _floats_as_text(column):
+    if column.type == pa.float16():
+        column = pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32), mask=_mask(column))
+    values = column.to_numpy(zero_copy_only=False)  # nulls become NaN
+    with np.errstate(invalid="ignore"):
+        whole = (np.abs(values) < WHOLE) & (values == np.floor(values))
+    integers = pc.cast(pa.array(np.where(whole, values, 0).astype(np.int64)), pa.string())
+    others = pc.cast(pa.array(values, column.type, from_pandas=True), pa.string())  # NaN becomes null
+    return pc.if_else(pa.array(whole), integers, others)
+
+
+def _mask(column):
+    return np.asarray(pc.is_null(column))
+
+
+def as_numbers(column):
+    """float64 array (n), NaN where a value is missing (null, NaN or empty text). Raises: BadValue"""
+    column = one_array(column)
+    kind = column.type
+    if pa.types.is_null(kind):
+        return np.full(len(column), np.nan)
+    if is_text(kind):
+        return _parse_numbers(column)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+            or pa.types.is_decimal(kind)):
+        raise BadValue(0, f"a value of type {kind}", "a number; use it as a category, or drop it")
+    if pa.types.is_boolean(kind):
+        column = pc.cast(column, pa.int8())
+    if not pa.types.is_float64(kind):
+        column = pc.cast(column, pa.float64(), safe=False)
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _parse_numbers(column):
+    filled = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    try:
+        return pc.cast(filled, pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid:
+        row = next(i for i, text in enumerate(filled.to_pylist()) if text is not None and not is_number(text))
+        raise BadValue(row, repr(column[row].as_py()), "a number, or nothing") from None
+
+
+def is_number(text):
+    """Whether Arrow reads the text as a number."""
+    try:
+        pa.scalar(text).cast(pa.float64())
+        return True
+    except pa.ArrowInvalid:
+        return False
+
+
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1}
+
+
+def as_labels(column):
+    """int8 array (n) of 0 and 1. Raises: BadValue"""
+    column = one_array(column)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        values = as_numbers(column)
+    elif is_text(column.type) or pa.types.is_boolean(column.type):
+        column = as_text(column)
+        codes = np.array(list(LABELS.values()) + [np.nan])
+        found = pc.index_in(column, value_set=pa.array(list(LABELS), column.type))
+        values = codes[found.fill_null(len(LABELS)).to_numpy(zero_copy_only=False)]
+    else:
+        raise BadValue(0, f"a value of type {column.type}", "0 or 1")
+    wrong = (values != 0) & (values != 1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        value = column[row].as_py()
+        raise BadValue(row, "missing" if value is None else repr(value), "0 or 1")
+    return values.astype(np.int8)
+
+
+def as_lists(column, separator):
+    """(text Array of all elements, lengths int64 (n)) of a column of lists, or of texts with a separator."""
+    column = one_array(column)
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        if separator is None:
+            raise BadValue(0, f"a value of type {column.type}", "lists, or a --list_separator")
+        column = pc.split_pattern(as_text(column), separator)
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return as_text(pc.list_flatten(column)), lengths

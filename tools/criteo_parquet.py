@@ -136,16 +136,16 @@ def split_days(days, val_days, test_days):
     return [(path, 1 if day in val_days else 2 if day in test_days else 0) for path, day in zip(days, numbers)]
 
 
-def open_source(args, fields):
+def open_source(engine, args, fields):
     """(Source, rule): the raw files with their rows counted, and how their rows fall into splits."""
     files = [(open_raw(path, FORM), split) for path, split in find_inputs(args)]
     for raw, _ in files:
         if raw.is_text and raw.has_header and raw.columns != COLUMNS:
             raise UserError(f"{raw.path} has the header {','.join(raw.columns)}, expected {','.join(COLUMNS)}")
     if files[0][1] is not None:
-        return Source(files, COLUMNS), splits.ByFile()
+        return Source(engine, files, COLUMNS), splits.ByFile()
     check = RowMaker(fields, LABEL, {}, splits.ByFile(), counting=False).problem
-    source = Source(files, COLUMNS, labels_of=check)
+    source = Source(engine, files, COLUMNS, labels_of=check)
     if source.num_rows < splits.NUM_FOLDS:
         raise UserError(f"{files[0][0].path} has {source.num_rows} rows, expected at least {splits.NUM_FOLDS} to split them")
     return source, splits.ByFold(source.labels, args.fold_rule)
@@ -187,7 +187,7 @@ def convert_criteo(args):
     fields = make_fields(args)
     base = growth.load_base(args.base, fields) if args.base else None
     info = convert.make_dataset(
-        args, lambda: open_source(args, fields), fields, LABEL, {},
+        args, lambda engine: open_source(engine, args, fields), fields, LABEL, {},
         lambda source: (convert.raw_description(source.parts[0].raw, LABEL), source_info(args, source)), base)
     if args.encoding == "x4" and info["num_samples"] == X4_ROWS and args.min_categr_count == X4_MIN_COUNT:
         print(compare_with_published([field.table_size for field in fields]))

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from tools.converter import raw as raw_files
 from tools.converter.progress import Progress
+from tools.converter.source import count_rows
 from tools.converter.splits import SPLITS
 from tools.converter.spool import RowSpool
 from tools.converter.vocabulary import TokenCounter
@@ -17,8 +18,32 @@ from tools.converter.writer import SplitWriter, rows_digest
 BLOCK_MEMORY = 5  # memory that parsing a block takes, in blocks
 
 
+class ArrowEngine:
+    """See the head of this file. args: options; scratch: folder for temporary files."""
+
+    def __init__(self, args, scratch):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def count(self, raws, labels_of):
+        """Per file (rows, labels or None, None); see Source."""
+        return [count_rows(raw, labels_of) for raw in raws]
+
+    def convert(self, job):
+        """Make the shards of all splits. Returns ({split: rows}, {split: digest of its rows})."""
+        return convert(job)
+
+    def encode(self, job, unknown):
+        """Write the ids of all rows in the order of the input, as `convert` for one split; adds to unknown (fields)."""
+        return encode(job, unknown)
+
+
 def convert(job):
-    """Make the shards of all splits. Returns ({split: rows}, {split: digest of its rows})."""
     memory, maker, source = job.memory_bytes, job.maker, job.source
     carried_bytes = source.bytes_per_row() if maker.carried else 0
     expected = source.rows_of_splits(len(SPLITS))
@@ -61,7 +86,6 @@ def write_splits(job, spools):
 
 
 def encode(job, unknown):
-    """Write the ids of all rows, in the order of the input, to job.folder; adds to unknown (fields)."""
     labelled = job.maker.label in job.source.parts[0].raw.columns
 
     def work(raw, block, first_row, split):
@@ -87,8 +111,7 @@ def make_counter(job):
     counter = TokenCounter(job.scratch / "counts", job.memory_bytes // 8, [field.min_count for field in fields],
                            [field.dtype for field in fields])
     if job.base is not None:
-        nothing = np.empty(0, np.int64)
-        counter.add([(nothing, nothing, None) if field.sampled else field.count_old() for field in fields])
+        counter.add([field.count_old() for field in fields])
     return counter
 
 

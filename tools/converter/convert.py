@@ -8,13 +8,13 @@ import pyarrow as pa
 
 from tools.converter import arrow_engine, info, publish, spark_engine
 from tools.converter.encoders import LARGEST_TABLE, vocabulary_file
+from tools.converter.raw import RawFormat
 from tools.converter.rows import RowMaker
 from tools.converter.splits import SPLITS
-from tools.converter.writer import LABEL
 from tools.trainer.cli import LARGEST, UserError, number
 
 GIGABYTE = 10**9
-ENGINES = {"arrow": arrow_engine, "spark": spark_engine}
+ENGINES = {"arrow": arrow_engine.ArrowEngine, "spark": spark_engine.SparkEngine}
 
 
 class Job:
@@ -27,7 +27,7 @@ class Job:
 
     def __init__(self, source, maker, folder, scratch, args, base=None):
         self.source, self.maker, self.folder, self.scratch = source, maker, Path(folder), Path(scratch)
-        self.args, self.base, self.seed = args, base, args.seed
+        self.args, self.base, self.seed = args, base, getattr(args, "seed", None)
         self.memory_bytes = int(args.memory_gb * GIGABYTE)
         maker.num_rows = source.num_rows
         self.carried_schema = carried_schema(maker, source) if maker.carried else None
@@ -85,15 +85,14 @@ def plain(kind):
 def make_dataset(args, open_source, fields, label, carried, describe, base=None):
     """Convert and publish. Returns the contents of dataset_info.json.
 
-    open_source: function that finds and counts the raw rows and returns (Source, rule); it runs when the output folder
-    is locked. describe: function of a Source that returns (raw, source) for dataset_info.json.
+    open_source: function of an engine that finds and counts the raw rows and returns (Source, rule); it runs when the
+    output folder is locked. describe: function of a Source that returns (raw, source) for dataset_info.json.
     """
     with publish.published_folder(args.output_dir, inputs_of(args), args.overwrite) as folder, \
-            publish.scratch_folder(args.spark_tmp_dir, folder) as scratch:
-        source, rule = open_source()
+            publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, ENGINES[args.engine](args, scratch) as engine:
+        source, rule = open_source(engine)
         maker = RowMaker(fields, label, carried, rule, counting=any(field.counted for field in fields))
-        job = Job(source, maker, folder, scratch, args, base)
-        num_rows, digests = ENGINES[args.engine].convert(job)
+        num_rows, digests = engine.convert(Job(source, maker, folder, scratch, args, base))
         raw, made = describe(source)
         content = info.dataset_info(fields, num_rows, raw, made, list(carried), digests,
                                     info.grown(base.info) if base is not None else ())
@@ -110,12 +109,20 @@ def inputs_of(args):
     return [path for value in values if value for path in (value if isinstance(value, list) else [value])]
 
 
-def raw_description(raw, label):
+def raw_description(raw, label, carried=None):
     """The entry `raw` of dataset_info.json: how raw rows look."""
+    common = {"columns": raw.columns, "label": label, "carried": carried or {}}
     if not raw.is_text:
-        return {"format": "parquet", "columns": raw.columns, "label": label}
-    return {"format": "text", "columns": raw.columns, "header": raw.has_header, "separator": raw.separator,
-            "quotes": raw.quotes, "label": label}
+        return {"format": "parquet", **common}
+    return {"format": "text", **common, "header": raw.has_header, "separator": raw.separator, "quotes": raw.quotes}
+
+
+def format_of(info, unlabelled=False):
+    """RawFormat of new rows for a dataset, from its dataset_info.json."""
+    raw = info["raw"]
+    # rows without header are told from rows with one by the names
+    header = None if raw.get("header") is False else True
+    return RawFormat(raw["columns"], header, None, raw.get("quotes", True), raw["label"], unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -125,23 +132,21 @@ def positive_int(text):
     return number(int, 1, LARGEST)(text)
 
 
-def add_common_options(parser, engines=True):
-    """The options that all converters have."""
-    parser.add_argument("--output_dir", required=True, help="folder of the dataset to be made")
+def add_common_options(parser, engines=True, dataset=True):
+    """The options that all converters have. engines: there is a choice of them; dataset: a dataset is made, not rows."""
+    parser.add_argument("--output_dir", required=True, help="folder to be made")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace an existing dataset; a folder that is not one is never replaced")
+                        help="replace what an earlier run has made there; any other folder is refused")
     parser.add_argument("--spark_tmp_dir", help="folder for scratch files; default: beside the output folder")
-    parser.add_argument("--export_dataset_info", action="store_true",
-                        help="print dataset_info.json and README.md of the dataset as well")
     parser.add_argument("--memory_gb", type=number(float, 0.1, 1e6), default=4, help="memory to stay within, in GB")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=2018, help="seed of the order of the train rows")
+    if dataset:
+        parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=2018,
+                            help="seed of the order of the train rows")
+        parser.add_argument("--export_dataset_info", action="store_true",
+                            help="print dataset_info.json and README.md of the dataset as well")
     if engines:
-        add_engine_options(parser)
-
-
-def add_engine_options(parser):
-    parser.add_argument("--engine", choices=list(ENGINES), default="arrow", help="what does the work")
-    parser.add_argument("--spark_master", type=spark_master, default="local[*]", help="Spark master (--engine spark)")
+        parser.add_argument("--engine", choices=list(ENGINES), default="arrow", help="what does the work")
+        parser.add_argument("--spark_master", type=spark_master, default="local[*]", help="Spark master (--engine spark)")
 
 
 def spark_master(text):
@@ -154,7 +159,3 @@ def spark_master(text):
 def ending(output_dir):
     """What an interrupted conversion says."""
     return f"; nothing was written to {output_dir}"
-
-
-__all__ = ["LABEL", "Job", "add_common_options", "add_engine_options", "ending", "make_dataset", "positive_int",
-           "raw_description"]

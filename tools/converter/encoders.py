@@ -37,6 +37,7 @@ from tools.trainer.cli import UserError, brief, first_line
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
 LARGEST_TABLE = (1 << 31) - 1
+INFO, ROWS_INFO = "dataset_info.json", "_dataset_info.json"  # of a dataset; of rows that encode_rows.py made
 
 
 class Field:
@@ -91,6 +92,10 @@ class Field:
 
     def fit(self, tokens, counts, texts):
         """Make what the ids depend on of all tokens of the train rows with their counts."""
+
+    def count_old(self):
+        """What the dataset that is to grow had counted: (tokens, counts, texts)."""
+        return np.empty(0, self.dtype), np.empty(0, np.int64), None
 
     def unknown(self, tokens, ids):
         """How many values are not missing and not in the vocabulary."""
@@ -163,6 +168,7 @@ class VocabularyField(Field):
         old = self.vocabulary
         if old is not None:
             places = old.positions(tokens)
+            old.counts = old.counts.copy()
             old.counts[places[places >= 0]] = counts[places >= 0]
             tokens, counts = tokens[places < 0], counts[places < 0]
         frequent, rare = divide(tokens, counts, self.min_count)
@@ -173,7 +179,6 @@ class VocabularyField(Field):
         self.rare = (*rare, texts)
 
     def count_old(self):
-        """What the dataset that is to grow had counted: (tokens, counts, texts)."""
         tokens, counts, texts = self.rare
         known = self.vocabulary
         long_texts = string_keys(known.texts)[1] if known.keys.dtype == np.uint64 else None
@@ -623,7 +628,7 @@ class Encoder:
                 raise ValueError(f"the fingerprint is {brief(info['fingerprint'])}, not {encoder.fingerprint}")
             return encoder
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise not_a_dataset(folder / "dataset_info.json", error) from None
+            raise not_a_dataset(folder / INFO, error) from None
 
     def save(self, folder):
         """Write dataset_info.json and vocabulary/ to a folder, made where it is missing; load() reads them back."""
@@ -632,7 +637,7 @@ class Encoder:
         for field in self.fields:
             if field.vocabulary is not None:
                 field.vocabulary.write(folder / vocabulary_file(field.name), field.first_id)
-        (folder / "dataset_info.json").write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+        (folder / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
 
     def encode_columns(self, table, unknown=None):
         """Local ids of raw columns: list of arrays (n), one per id column. See `encode`."""
@@ -694,9 +699,9 @@ def not_a_dataset(path, error):
     return UserError(f"{path} is not a dataset description ({text}); convert the data again")
 
 
-def read_info(folder):
+def read_info(folder, name=INFO):
     """Contents of dataset_info.json, of which keys that all versions have were checked. Raises: UserError"""
-    path = Path(folder) / "dataset_info.json"
+    path = Path(folder) / name
     try:
         with open(path, encoding="utf-8") as file:
             info = json.load(file)
@@ -710,6 +715,6 @@ def read_info(folder):
                 raise ValueError(f"the field {brief(entry['name'])} has no proper name, table_size and offset")
         return info
     except FileNotFoundError:
-        raise UserError(f"no dataset_info.json in {folder}; give a folder that a converter made") from None
+        raise UserError(f"no {name} in {folder}; give a folder that a converter made") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise not_a_dataset(path, error) from None

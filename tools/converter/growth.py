@@ -1,6 +1,7 @@
 """Growing a dataset: fields of the old one take over, so that their ids stay and new tokens go behind them."""
 
 from tools.converter.encoders import Encoder, VocabularyField
+from tools.converter.names import shard_names
 from tools.trainer.cli import UserError
 
 
@@ -28,3 +29,21 @@ def adopt(base, fields, folder):
             field.vocabulary, field.rare = old.vocabulary, old.rare
         elif field.counted:
             field.borders, field.num_bins = old.borders, old.num_bins
+
+
+def fields_of(base, folder, min_counts):
+    """Fields that continue those of a dataset (an Encoder); min_counts: {column or None: new threshold}, or None."""
+    for field in base.fields:
+        if isinstance(field, VocabularyField):
+            field.read_rare(folder)
+            for name in (None, field.raw_column):
+                field.min_count = (min_counts or {}).get(name, field.min_count)
+    return base.fields
+
+
+def carried_of(base, kept):
+    """{name in the shards: raw column} to carry: what the dataset carried, or what --keep names."""
+    if kept is None:
+        return dict(base.info["raw"].get("carried") or {})
+    lengths = {field.raw_column: len(field.columns) for field in base.fields if field.columns != [field.name]}
+    return shard_names([field.raw_column for field in base.fields], lengths, kept)[1]

@@ -14,11 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.converter.encoders import read_info
+from tools.converter.encoders import INFO, ROWS_INFO, read_info
 from tools.trainer.cli import NO_SPACE, UserError, shorten
 
 MARK = "deepfm_scratch"
-CONTENTS = {"README.md", "dataset_info.json", "train", "val", "test", "vocabulary"}
+CONTENTS = {"README.md", INFO, ROWS_INFO, "train", "val", "test", "vocabulary"}
 
 
 def _shard(name):
@@ -114,10 +114,11 @@ def _check_replaced(output_dir, output, overwrite):
     names = set(os.listdir(output))
     if not names:
         return
-    if "dataset_info.json" not in names:
+    mark = next((name for name in (INFO, ROWS_INFO) if name in names), None)
+    if mark is None:
         raise UserError(f"--output_dir {output_dir} is no dataset: it holds {shorten(sorted(names))} and no "
-                        "dataset_info.json, so --overwrite does not replace it; choose another folder")
-    read_info(output)
+                        f"{INFO}, so --overwrite does not replace it; choose another folder")
+    read_info(output, mark)
     strange = sorted(name for name in names - CONTENTS if not _shard(name))
     for split in names & {"train", "val", "test"}:
         strange += [f"{split}/{name}" for name in sorted(os.listdir(output / split)) if not name.endswith(".parquet")]

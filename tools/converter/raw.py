@@ -34,12 +34,13 @@ Block = namedtuple("Block", "place rows data")
 Block.__doc__ = """Some rows of a raw file. place: number of the first line (text) or row (parquet), for messages and for
 finding it again; rows: how many; data: bytes of text, or a RecordBatch."""
 
-RawFormat = namedtuple("RawFormat", "columns header separator quotes label", defaults=(None, None, None, True, None))
+RawFormat = namedtuple("RawFormat", "columns header separator quotes label unlabelled",
+                       defaults=(None, None, None, True, None, False))
 RawFormat.__doc__ = """How raw text is written.
 
 columns: names of all columns in file order (None: the header has them); header: True, False, or None (there is one when
-the first line names the label); separator (None: found by looking); quotes: whether cells may be quoted; label: name of
-the label column, or None.
+the first line has the name of a column in it); separator (None: found by looking); quotes: whether cells may be quoted;
+label: name of the label column, or None; unlabelled: whether a file without header may lack that column.
 """
 
 
@@ -138,7 +139,8 @@ class RawText:
         cells = split_line(line, self.separator, self.quotes)
         self.has_header = form.header
         if form.header is None:
-            self.has_header = any(cell.strip().lower() == form.label.lower() for cell in cells)
+            names = {name.lower() for name in form.columns}
+            self.has_header = any(cell.strip().lower() in names for cell in cells)
         if self.has_header:
             self.columns = cells
             twice = sorted({cell for cell in cells if cells.count(cell) > 1})
@@ -146,7 +148,7 @@ class RawText:
                 raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them")
             return
         self.columns = list(form.columns)
-        if len(cells) == len(self.columns) - 1 and form.label in self.columns:  # new rows have no label
+        if form.unlabelled and len(cells) == len(self.columns) - 1 and form.label in self.columns:
             self.columns.remove(form.label)
 
     @contextmanager
@@ -213,6 +215,34 @@ class RawText:
             rows = data.count(b"\n")
             yield Block(line, rows, data)
             line += rows
+
+    def piece(self, path, begin, end):
+        """(offset, bytes) of the lines that begin in [begin, end) of an unpacked copy of the file, or of itself."""
+        with open(path, "rb") as file:
+            if begin > self.start:
+                file.seek(begin - 1)
+                begin += self._rest_of_line(file, begin - 1) - 1
+            if begin >= end:
+                return begin, b""
+            file.seek(begin)
+            data = file.read(end - begin)
+            if not data.endswith(b"\n"):
+                file.seek(end)
+                data += file.read(self._rest_of_line(file, end))
+        return begin, data if data.endswith(b"\n") or not data else data + b"\n"
+
+    def _rest_of_line(self, file, offset):
+        """Bytes from here to the next line, or to the end of the file; leaves the file here."""
+        size = 0
+        while True:
+            read = file.read(1 << 16)
+            end = read.find(b"\n") + 1
+            size += end or len(read)
+            if size > LONGEST_LINE:
+                raise self._too_long(offset)
+            if end or not read:
+                file.seek(offset)
+                return size
 
     def check_columns(self, wanted):
         check_columns(self.path, self.columns, wanted)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from tools.converter.encoders import MAX_INTEGER, MIN_INTEGER, WHOLE_NUMBER
-from tools.converter.splits import TRAIN
+from tools.converter.splits import SPLITS, TRAIN
 from tools.converter.spool import RowLayout, shares_of, shuffle_keys
 from tools.converter.values import LABELS, BadValue, as_labels, is_number
 
@@ -76,6 +76,13 @@ class RowMaker:
         column = self.rule.columns[0] if self.rule.columns else None
         return self._checked(raw, block, column, self.rule.splits, table, first_row, file_split)
 
+    def count_splits(self, raw, block, first_row, file_split):
+        """Rows of each split in a block, by looking at what the rule needs only: int64 (splits)."""
+        types = {column: self.types()[column] for column in self.rule.columns}
+        table = raw.table(block, types, lambda cells: None)
+        splits = self.splits(raw, block, table, first_row, file_split)
+        return np.bincount(np.broadcast_to(splits, block.rows), minlength=len(SPLITS))
+
     def make(self, raw, block, first_row, file_split):
         """Rows of a block; first_row: number of its first row over all inputs."""
         table, labels = self.read(raw, block)
@@ -91,9 +98,12 @@ class RowMaker:
         rows = self.layout.pack(labels, columns)
         return Rows(rows, splits, self.carried_of(table), counted if train.any() else None)
 
-    def encode(self, raw, block, unknown):
-        """(labels or None, local ids per column, carried) of a block whose fields are known already."""
+    def encode(self, raw, block, unknown, first=0, end=None):
+        """(labels or None, local ids per column, carried) of a block (its rows from first to end) with known fields."""
         table, labels = self.read(raw, block)
+        if first or end is not None:
+            end = table.num_rows if end is None else end
+            table, labels = table.slice(first, end - first), None if labels is None else labels[first:end]
         ids = []
         for number, field in enumerate(self.fields):
             for tokens in self._tokens(raw, block, field, table)[0]:

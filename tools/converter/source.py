@@ -9,29 +9,29 @@ from tools.converter.progress import Progress
 from tools.trainer.cli import UserError
 
 Part = namedtuple("Part", "raw split first_row rows blocks")
-Part.__doc__ = """One file. raw: RawText or RawParquet; split: index into SPLITS, or None; first_row: number of its first
-row over all inputs; rows: how many it has; blocks: list of (line, offset, rows) for text, (row group, rows) for parquet,
-where they were asked for (Spark), else None."""
+Part.__doc__ = """One file. raw: RawText or RawParquet; split: index into SPLITS, or None; first_row: number of its first row
+over all inputs; rows: how many it has; blocks: what the engine found them to be in (Spark), or None."""
 
 
 class Source:
     """Attributes: parts (list of Part), num_rows (all rows), labels (int8 of all rows where they were asked for)."""
 
-    def __init__(self, files, wanted, labels_of=None):
-        """files: list of (RawText or RawParquet, split or None); wanted: raw columns that every file must have.
+    def __init__(self, engine, files, wanted, labels_of=None):
+        """engine: counts the rows. files: list of (raw, split or None). wanted: raw columns that every file must have.
 
-        labels_of: function that raises the error for a line whose first character is not 0 or 1; with it the first
-        character of every line is kept as its label.
+        labels_of: None, or a function that says what is wrong with a line's cells; with it the first character of every
+        line is kept as its label.
         """
-        self.parts, self.num_rows, labels = [], 0, []
-        for raw, split in files:
+        self.parts, self.num_rows = [], 0
+        for raw, _ in files:
             raw.check_columns(wanted)
-            rows = count_rows(raw, labels if labels_of else None, labels_of)
+        counted = engine.count([raw for raw, _ in files], labels_of)
+        for (raw, split), (rows, _, blocks) in zip(files, counted):
             if not rows:
                 raise UserError(f"{raw.path} has a header but no rows" if raw.is_text else f"{raw.path} has no rows")
-            self.parts.append(Part(raw, split, self.num_rows, rows, None))
+            self.parts.append(Part(raw, split, self.num_rows, rows, blocks))
             self.num_rows += rows
-        self.labels = np.concatenate(labels) if labels_of else None
+        self.labels = np.concatenate([labels for _, labels, _ in counted]) if labels_of else None
 
     def rows_of_splits(self, num_splits):
         """Rows of each split where every file belongs to one; rows of all files where rows are dealt out later."""
@@ -48,16 +48,17 @@ class Source:
         return size // max(1, self.num_rows)
 
 
-def count_rows(raw, labels, labels_of):
-    """Rows of a file; appends their labels to a list where one is given."""
+def count_rows(raw, labels_of):
+    """(rows of a file, their labels or None, None), by reading it here."""
     if not raw.is_text:
-        return raw.num_rows
+        return raw.num_rows, None, None
+    labels = []
     with Progress(f"counting {raw.path.name}") as progress:
         for block in raw.blocks():
-            if labels is not None:
+            if labels_of:
                 labels.append(first_characters(raw, block, labels_of))
             progress.update(block.rows, raw.share_read)
-    return progress.done
+    return progress.done, np.concatenate(labels) if labels else None, None
 
 
 def first_characters(raw, block, problem):

@@ -1,0 +1,169 @@
+"""What a table's columns look like, and which options of table_to_parquet.py they ask for."""
+
+import math
+import re
+import shlex
+from collections import namedtuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tools.converter.values import LABELS, BadValue, as_numbers, as_text, one_array
+from tools.trainer.cli import brief
+
+LOOK_ROWS = 1 << 18  # rows that are looked at
+FEW_NUMBERS = 100  # whole numbers with at most so many values are categories
+MANY_TOKENS = 1 << 20  # a column that has more of them in all rows, by a guess, is better hashed
+LABEL_NAME = re.compile(r"(is_?)?(click(ed)?|label|target|y|conver(ted|sion)|buy|purchased?|installed?)", re.I)
+TIME_NAME = re.compile(r"(.*_)?(ts|time|timestamp|date|datetime|day|hour_?stamp|created(_at)?)", re.I)
+ID_NAME = re.compile(r".*(_?id|key|code|hash)s?", re.I)
+TIME_TEXT = re.compile(r"\d{4}-\d\d-\d\d.*")
+LIST_SEPARATORS = "|;^, "
+
+Column = namedtuple("Column", "name looks distinct missing examples kind note")
+Column.__doc__ = """What was seen: distinct values and share of missing ones among the rows looked at, examples; kind: option
+that it is proposed for; note: why, or what else the option needs."""
+
+
+def look(raw):
+    """(Table of the first rows as they are, rows of the file or None)."""
+    types = {name: pa.string() for name in raw.columns}
+    tables, rows = [], 0
+    for block in raw.blocks(raw.columns):
+        tables.append(raw.table(block, types, lambda cells: None))
+        rows += block.rows
+        if rows >= LOOK_ROWS:
+            break
+    return pa.concat_tables(tables).slice(0, LOOK_ROWS), rows < LOOK_ROWS
+
+
+def columns_of(raw):
+    """(list of Column, rows looked at, whether that is all)"""
+    table, complete = look(raw)
+    columns = [describe(name, one_array(table.column(name)), raw.is_text) for name in table.column_names]
+    labels = [i for i, column in enumerate(columns) if column.kind == "label"]
+    best = next((i for i in labels if LABEL_NAME.fullmatch(columns[i].name)), labels[0] if labels else None)
+    for i in labels:
+        if i != best:
+            columns[i] = columns[i]._replace(kind="categorical")
+    return columns, table.num_rows, complete
+
+
+def describe(name, column, is_text):
+    """The Column of some rows; is_text: whether the values were text in the file, whatever they look like."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return list_column(name, column)
+    try:
+        texts = as_text(column)
+    except BadValue:
+        return Column(name, str(column.type), 0, 0.0, [], "drop", "a type that cannot be a feature")
+    present = texts.filter(pc.not_equal(texts, ""))
+    missing = 1 - len(present) / max(1, len(texts))
+    counts = pc.value_counts(present)
+    values = counts.field(0) if len(counts) else present
+    order = np.argsort(-np.asarray(counts.field(1)), kind="stable") if len(counts) else np.empty(0, int)
+    examples = [values[int(i)].as_py() for i in order[:3]]
+    common = (len(values), missing, examples)
+    if not len(present):
+        return Column(name, "empty", *common, "drop", "no values")
+    numbers = numbers_of(column if not is_text else present)
+    looks = "text" if numbers is None else "whole numbers" if (numbers == np.floor(numbers)).all() else "numbers"
+    if pa.types.is_temporal(column.type) or looks == "text" and all(TIME_TEXT.fullmatch(text) for text in examples):
+        return Column(name, "times", *common, "drop", f"or split by it: --split_by {name} --val_from ... --test_from ...")
+    return Column(name, looks, *common, *kind_of(name, looks, values, present, missing))
+
+
+def numbers_of(column):
+    """float64 array of the present values, or None where they are no numbers."""
+    try:
+        numbers = as_numbers(column)
+    except BadValue:
+        return None
+    numbers = numbers[np.isfinite(numbers)]
+    return numbers if len(numbers) else None
+
+
+def kind_of(name, looks, values, present, missing):
+    """(kind, note) of a column that is no time and no list."""
+    distinct = len(values)
+    if distinct <= 2 and not missing and all(value in LABELS for value in values.to_pylist()):
+        return "label", "0 and 1 only"
+    if distinct == 1:
+        return "drop", "one value only"
+    if TIME_NAME.fullmatch(name) and distinct > FEW_NUMBERS:
+        return "drop", f"a time, by its name; or split by it: --split_by {name} --val_from ... --test_from ..."
+    unique = distinct == len(present) and distinct > FEW_NUMBERS
+    if looks == "numbers":
+        return "numeric", "fractions: --numeric_bins 50"
+    if looks == "whole numbers" and pc.any(pc.match_substring(values, ".")).as_py():
+        return "numeric", "whole numbers written as fractions; as texts 4.0 and 4 would be two categories"
+    if looks == "whole numbers" and distinct > FEW_NUMBERS and not ID_NAME.fullmatch(name):
+        return "numeric", "logarithmic buckets"
+    if unique:
+        return "drop", "another value in every row; or carry it along: --keep"
+    if looks == "text":
+        separator = separator_of(values)
+        if separator:
+            return "list", f"--list_separator {shlex.quote(separator)}"
+    if distinct > len(present) / 2 and distinct > MANY_TOKENS / 8:
+        return "hash", f"{name}={1 << math.ceil(math.log2(2 * distinct))}: most values are rare"
+    return "categorical", ""
+
+
+def separator_of(values):
+    """The separator of texts that look like lists: in a third of the values, with parts that come back."""
+    values = values.slice(0, 2000)
+    for separator in LIST_SEPARATORS[:3]:
+        lists = [text.split(separator) for text in values.to_pylist()]
+        several = sum(len(parts) > 1 for parts in lists)
+        parts = [part for items in lists for part in items]
+        if several * 3 > len(lists) and len(set(parts)) * 2 < len(parts):
+            return separator
+    return None
+
+
+def list_column(name, column):
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    elements = pc.list_flatten(column)
+    distinct = len(pc.unique(elements))
+    examples = [str(value) for value in column.slice(0, 3).to_pylist()]
+    return Column(name, "lists", distinct, float((lengths == 0).mean()), examples, "list",
+                  f"up to {lengths.max(initial=0)} values, 9 of 10 rows have at most {int(np.quantile(lengths, 0.9))}")
+
+
+def text_of(raw, args):
+    """What was seen and the proposed command, as text."""
+    columns, rows, complete = columns_of(raw)
+    heads = ("column", "looks like", "distinct", "missing %", "examples", "proposed", "")
+    lines = [heads] + [(column.name, column.looks, str(column.distinct), f"{100 * column.missing:.2f}",
+                        brief([brief(example, 16) for example in column.examples], 40),
+                        "" if column.kind == "drop" else f"--{column.kind}", column.note or "") for column in columns]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)]
+    table = "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[-1]]).rstrip()
+                      for line in lines)
+    seen = f"{rows} rows" if complete else f"the first {rows} rows"
+    how = f", separator {raw.separator!r}" if raw.is_text else ""
+    return f"{raw.path}: {seen} looked at{how}\n\n{table}\n\n{command_of(columns, args)}"
+
+
+def command_of(columns, args):
+    """The proposed command, in lines of a shell."""
+    names = {}
+    for column in columns:
+        names.setdefault(column.kind, []).append(column.name)
+    options = [f"--input {shlex.quote(str(path))}" for path in args.input] + ["--output_dir DATA_DIR"]
+    options += [f"--label {shlex.quote(names['label'][0])}" if "label" in names else "--label LABEL_COLUMN"]
+    for kind in ("categorical", "numeric", "list", "drop"):
+        if kind in names:
+            options.append(f"--{kind} {shlex.quote(','.join(names[kind]))}")
+    bins = [f"{column.name}=50" for column in columns if column.kind == "numeric" and column.looks == "numbers"]
+    hashes = [column.note.split(":")[0] for column in columns if column.kind == "hash"]
+    options += [f"--numeric_bins {shlex.quote(','.join(bins))}"] * bool(bins)
+    options += [f"--hash {shlex.quote(','.join(hashes))}"] * bool(hashes)
+    options += [column.note for column in columns if column.kind == "list" and column.note.startswith("--")][:1]
+    if args.columns:
+        options.append(f"--columns {shlex.quote(','.join(args.columns))}")
+    if args.no_quotes:
+        options.append("--no_quotes")
+    return "python tools/table_to_parquet.py " + " \\\n    ".join(options)

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Encode new raw rows with the vocabularies of a dataset: shards with the same ids, to be scored or trained on.
+
+    python tools/encode_rows.py --dataset data/clicks --input new.csv --output_dir new_ids
+
+    counting new.csv: 1000 rows, ... rows/s, ... s
+    encoding new.csv: 1000 rows, ... rows/s, ... s
+    unknown values, by field: user_id 31 (3.10 %), item_id 0, device 0, price 0
+    wrote new_ids: 1000 rows without labels, 4 fields
+
+Rows look as those that the dataset was made from: the same column names (in any order, among any others), or the same
+columns in the same order where files have no header. They may be text (also .gz and .zst) or parquet, with the label or
+without. Values that the vocabulary does not have get the out-of-vocabulary id; how many there are is said per field.
+Rows keep their order. OUT holds part-00000.parquet ... and _dataset_info.json, which says with which encoder they were made (a name with _, so
+that pandas and Spark read the folder as one table).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.handle_early_interrupt()  # imports take seconds
+
+import json
+
+import numpy as np
+
+from tools.converter import convert, growth, publish, splits
+from tools.converter.encoders import ROWS_INFO, Encoder
+from tools.converter.rows import RowMaker
+from tools.converter.source import Source, open_files
+from tools.converter.writer import LABEL
+from tools.trainer.cli import UserError, name_list
+
+
+def open_source(engine, args, encoder, wanted):
+    """Source of the new rows. Raises: UserError where some files have a label and others have not."""
+    files = open_files(args.input, convert.format_of(encoder.info, unlabelled=True))
+    labelled = [encoder.label in raw.columns for raw in files]
+    if len(set(labelled)) > 1:
+        raise UserError(f"{files[labelled.index(False)].path} has no label {encoder.label!r}, but "
+                        f"{files[labelled.index(True)].path} has; encode them one by one")
+    return Source(engine, [(raw, 0) for raw in files], wanted)
+
+
+def rows_info(encoder, num_samples, digests, labelled, carried, unknown, args):
+    """Contents of dataset_info.json of encoded rows: the dataset's, with the rows' own numbers."""
+    fields = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
+    return {**encoder.info, "label": LABEL if labelled else None, "num_samples": num_samples, "digests": digests,
+            "carried": list(carried), "unknown": fields,
+            "source": {"tool": "tools/encode_rows.py", "options": {"dataset": str(args.dataset), "engine": args.engine},
+                       "encoding": encoder.info["source"]["encoding"]}}
+
+
+def encode_rows(args):
+    encoder = Encoder.load(args.dataset)
+    carried = growth.carried_of(encoder, args.keep or [])
+    maker = RowMaker(encoder.fields, encoder.label, carried, splits.ByFile(), counting=False)
+    unknown = np.zeros(len(encoder.fields), np.int64)
+    with publish.published_folder(args.output_dir, convert.inputs_of(args), args.overwrite) as folder, \
+            publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, \
+            convert.ENGINES[args.engine](args, scratch) as engine:
+        source = open_source(engine, args, encoder, [*encoder.raw_columns, *carried.values()])
+        labelled = encoder.label in source.parts[0].raw.columns
+        job = convert.Job(source, maker, folder, scratch, args)
+        num_samples, digests = engine.encode(job, unknown)
+        info = rows_info(encoder, num_samples, digests, labelled, carried, unknown, args)
+        (folder / ROWS_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    values = source.num_rows * np.array([len(field.columns) for field in encoder.fields])
+    shown = [f"{field.name} {count}" + (f" ({100 * count / total:.2f} %)" if count else "")
+             for field, count, total in zip(encoder.fields, unknown, values)]
+    print(f"unknown values, by field: {', '.join(shown)}")
+    print(f"wrote {args.output_dir}: {source.num_rows} rows with{'' if labelled else 'out'} labels, "
+          f"{len(encoder.fields)} fields")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--dataset", required=True, help="dataset (or folder with its dataset_info.json and vocabulary/)")
+    parser.add_argument("--input", action="append", required=True, help="file or folder; may be given several times")
+    parser.add_argument("--keep", type=name_list, help="columns carried through the shards, a,b,c")
+    convert.add_common_options(parser, dataset=False)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return cli.run_tool(lambda: encode_rows(args), convert.ending(args.output_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

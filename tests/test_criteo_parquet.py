@@ -8,14 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import criteo_parquet
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from sklearn.model_selection import KFold, StratifiedKFold
+
+from tools.converter import arrow_engine, convert, encoders, spark_engine, vocabulary
+from tools.converter import raw as raw_files
+from tools.converter.splits import stratified_folds
 
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
@@ -146,11 +150,11 @@ def assert_same_rows(made, expected, frames):
 def test_x4_equals_plain_pandas(nasty, tmp_path, monkeypatch, small):
     folder, frames = nasty
     if small:  # many blocks, shuffle buckets and spills of the counts
-        monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 20_000)
-        monkeypatch.setattr(criteo_parquet, "GIGABYTE", 25_000)
+        monkeypatch.setattr(raw_files, "BLOCK_BYTES", 20_000)
+        monkeypatch.setattr(convert, "GIGABYTE", 25_000)
         spills = []
-        spill = criteo_parquet.TokenCounter._spill
-        monkeypatch.setattr(criteo_parquet.TokenCounter, "_spill", lambda self: (spills.append(1), spill(self)))
+        spill = vocabulary.TokenCounter._spill
+        monkeypatch.setattr(vocabulary.TokenCounter, "_spill", lambda self: (spills.append(1), spill(self)))
     assert run(folder, tmp_path / "out") == 0
     made, info = read_local_ids(tmp_path / "out")
     expected, sizes = x4_reference(frames, 10)
@@ -169,12 +173,12 @@ def test_min_categr_count(nasty, tmp_path):
 
 
 def test_buckets_equal_the_formula_at_every_border():
-    borders = criteo_parquet.BORDERS[criteo_parquet.BORDERS < 1 << 40]
+    borders = encoders.BORDERS[encoders.BORDERS < 1 << 40]
     assert len(borders) == 768  # floor((40 ln 2)^2)
     near = (borders[:, None] + np.arange(-2, 3)).ravel()
     values = np.unique(np.concatenate([near, np.arange(-50, 70_000), [-(1 << 31), 1 << 53]]))
     formula = [int(np.floor(np.log(v) ** 2)) if v > 2 else v for v in values.tolist()]
-    assert criteo_parquet.buckets(values).tolist() == formula
+    assert encoders.buckets(values).tolist() == formula
 
 
 def test_hash_encoding(tmp_path):
@@ -228,7 +232,7 @@ def test_folds_equal_scikit_learn(rows, share, first):
         warnings.filter(UserWarning)  # fewer members than folds
         for fold, (_, members) in enumerate(splits):
             expected[members] = fold
-    assert (criteo_parquet.stratified_folds(labels, "sklearn") == expected).all()
+    assert (stratified_folds(labels, "sklearn") == expected).all()
 
 
 @pytest.mark.parametrize("rows, share", [(101, 0.5), (1234, 0.25), (200, 0.02)])
@@ -241,12 +245,12 @@ def test_folds_of_old_scikit_learn(rows, share):
         parts = KFold(10, shuffle=True, random_state=random).split(np.zeros(max(10, len(members))))
         for fold, (_, part) in enumerate(parts):
             expected[members[part[part < len(members)]]] = fold
-    assert (criteo_parquet.stratified_folds(labels, "sklearn-0.19") == expected).all()
+    assert (stratified_folds(labels, "sklearn-0.19") == expected).all()
 
 
 @pytest.mark.parametrize("style", ["kaggle", "gz", "csv in disguise"])
 def test_train_txt_is_split_by_folds(tmp_path, monkeypatch, style):
-    monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(raw_files, "BLOCK_BYTES", 20_000)
     frame = random_frame(1003, 5)
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -270,7 +274,7 @@ def test_train_txt_is_split_by_folds(tmp_path, monkeypatch, style):
 def test_seed_changes_the_order_only_and_memory_nothing(nasty, tmp_path, monkeypatch):
     trains = []
     for number, (seed, memory) in enumerate([(1, 10**9), (1, 200_000), (2, 10**9)]):
-        monkeypatch.setattr(criteo_parquet, "GIGABYTE", memory)
+        monkeypatch.setattr(convert, "GIGABYTE", memory)
         assert run(nasty[0], tmp_path / str(number), "--seed", seed) == 0
         trains.append(pq.read_table(tmp_path / str(number) / "train").to_pandas())
     assert trains[0].equals(trains[1])
@@ -283,13 +287,14 @@ def test_seed_changes_the_order_only_and_memory_nothing(nasty, tmp_path, monkeyp
 
 @pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
 def test_spark_equals_arrow(nasty, tmp_path):
-    script = "import sys, criteo_parquet as t; t.BLOCK_BYTES = 60_000; sys.exit(t.main(sys.argv[1:]))"  # several blocks
+    script = ("import sys, criteo_parquet as t; from tools.converter import raw; raw.BLOCK_BYTES = 60_000\n"  # several blocks
+              "sys.exit(t.main(sys.argv[1:]))")
     scratch = tmp_path / "scratch"
     assert run(nasty[0], tmp_path / "arrow") == 0
     done = subprocess.run(
         [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "spark", "--engine", "spark",
          "--spark_master", "local[1]", "--spark_tmp_dir", scratch, "--memory_gb", "1"],
-        env={**os.environ, "PYTHONPATH": str(Path(criteo_parquet.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
         capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     steps = [line.split(" rows/s")[0].rsplit(" ", 1)[0] for line in done.stdout.splitlines()]
@@ -315,7 +320,7 @@ def test_signals_wait_until_spark_has_started(number, error):
     before = [signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))]
     started = False
     try:
-        with pytest.raises(error), criteo_parquet.signals_held():
+        with pytest.raises(error), spark_engine.signals_held():
             os.kill(os.getpid(), number)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Spark does
             started = True
@@ -327,10 +332,10 @@ def test_signals_wait_until_spark_has_started(number, error):
 
 def test_spark_errors_are_one_line():
     java = "An error occurred while calling o36.range.\n: java.lang.IllegalStateException: stopped\n\tat a.B(C.java:1)"
-    shown = str(criteo_parquet.worker_error(RuntimeError(java)))
+    shown = str(spark_engine.worker_error(RuntimeError(java)))
     assert shown.startswith("Spark failed: java.lang.IllegalStateException: stopped; check Java and --spark_master")
-    worker = RuntimeError("Traceback:\n  parquet_common.DataError: x.csv, line 3: no\n\tat org.apache")
-    assert str(criteo_parquet.worker_error(worker)) == "x.csv, line 3: no"
+    worker = RuntimeError("Traceback:\n  tools.trainer.cli.UserError: x.csv, line 3: no\n\tat org.apache")
+    assert str(spark_engine.worker_error(worker)) == "x.csv, line 3: no"
 
 
 def test_share_of_tasks():
@@ -341,7 +346,7 @@ def test_share_of_tasks():
     stages = {1: Item(numTasks=3, numCompletedTasks=3), 2: Item(numTasks=5, numCompletedTasks=1), 3: None}
     tracker = Item(getJobIdsForGroup=lambda _: [7, 8], getStageInfo=stages.get,
                    getJobInfo={7: Item(stageIds=[1]), 8: Item(stageIds=[2, 3])}.get)  # fmt: skip
-    assert criteo_parquet.share_of_tasks(tracker, "sorting") == 0.5
+    assert spark_engine.share_of_tasks(tracker, "sorting") == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -378,7 +383,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("kind", BAD_LINES)
 @pytest.mark.parametrize("kaggle", [True, False])
 def test_bad_line_is_named(tmp_path, capsys, monkeypatch, kind, kaggle):
-    monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(raw_files, "BLOCK_BYTES", 3000)
     spoil, message = BAD_LINES[kind]
     rows = random_frame(100, 3).values.tolist()
     rows[57] = spoil(rows[57])
@@ -448,9 +453,12 @@ def test_existing_output(nasty, tmp_path, capsys):
     (out / "old").write_text("")
     assert run(nasty[0], out) == 1
     assert one_error(capsys) == f"error: --output_dir {out} exists already; choose another folder or add --overwrite\n"
+    assert run(nasty[0], out, "--overwrite") == 1
+    assert "is no dataset: it holds old (1) and no dataset_info.json" in one_error(capsys)
     assert os.listdir(out) == ["old"]
+    (out / "old").unlink()
     assert run(nasty[0], out, "--overwrite", "--export_dataset_info") == 0
-    assert sorted(os.listdir(out)) == ["README.md", "dataset_info.json", "test", "train", "val"]
+    assert sorted(os.listdir(out)) == ["README.md", "dataset_info.json", "test", "train", "val", "vocabulary"]
     shown = capsys.readouterr().out
     assert (out / "README.md").read_text() in shown and (out / "dataset_info.json").read_text() in shown
     assert_nothing_left(tmp_path, "out")
@@ -468,13 +476,13 @@ def test_output_around_the_input(tmp_path, capsys):
 
 @pytest.mark.parametrize("memory, workers", [(10**9, 64), (60_000, 5), (100, 1)])
 def test_memory_limits_the_blocks_in_flight(nasty, tmp_path, monkeypatch, memory, workers):
-    pools, pool = [], criteo_parquet.ThreadPoolExecutor
-    monkeypatch.setattr(criteo_parquet, "ThreadPoolExecutor", lambda workers: (pools.append(workers), pool(1))[1])
-    monkeypatch.setattr(criteo_parquet, "num_cpus", lambda: 64)
-    monkeypatch.setattr(criteo_parquet, "BLOCK_BYTES", 5000)
-    monkeypatch.setattr(criteo_parquet, "GIGABYTE", memory)
+    pools, pool = [], arrow_engine.ThreadPoolExecutor
+    monkeypatch.setattr(arrow_engine, "ThreadPoolExecutor", lambda workers: (pools.append(workers), pool(1))[1])
+    monkeypatch.setattr(arrow_engine, "num_cpus", lambda: 64)
+    monkeypatch.setattr(raw_files, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(convert, "GIGABYTE", memory)
     assert run(nasty[0], tmp_path / "out", "--memory_gb", "5") == 0
-    assert set(pools) == {workers}
+    assert set(pools[:-1]) == {workers}  # the last one writes the vocabularies
 
 
 @pytest.mark.parametrize("stage", ["spool", "parquet"])
@@ -482,7 +490,7 @@ def test_full_disk(nasty, tmp_path, capsys, monkeypatch, stage):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    targets = {"spool": "criteo_parquet.RowSpool.append", "parquet": "pyarrow.parquet.ParquetWriter.write_table"}
+    targets = {"spool": "tools.converter.spool.RowSpool.append", "parquet": "pyarrow.parquet.ParquetWriter.write_table"}
     monkeypatch.setattr(targets[stage], full)
     assert run(nasty[0], tmp_path / "out", "--spark_tmp_dir", tmp_path / "scratch") == 1
     assert one_error(capsys).startswith("error: no space left on the disk")
@@ -501,13 +509,13 @@ def test_no_permission(nasty, tmp_path, capsys):
 def test_killed_while_writing(nasty, tmp_path, number, code):
     script = (
         "import sys, time, criteo_parquet as tool\n"
-        "tool.SplitWriter.write = lambda *_: (print('writing now', flush=True), time.sleep(60))\n"
+        "from tools.converter.writer import SplitWriter\n"
+        "SplitWriter.write = lambda *_: (print('writing now', flush=True), time.sleep(60))\n"
         "sys.exit(tool.main(sys.argv[1:]))"
     )
-    tools = str(Path(criteo_parquet.__file__).parent)
     process = subprocess.Popen(
         [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": tools}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     while "writing now" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(number)
@@ -523,12 +531,12 @@ def test_killed_while_writing(nasty, tmp_path, number, code):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--min_categr_count", "0"], "argument --min_categr_count: '0', expected a whole number of at least 1"),
-        (["--mod_idx", "x"], "argument --mod_idx: 'x', expected a whole number of at least 1"),
-        (["--mod_idx", str(1 << 31)], f"argument --mod_idx: {1 << 31}, expected less than {1 << 31}"),
+        (["--min_categr_count", "0"], "argument --min_categr_count: 0 must be at least 1"),
+        (["--mod_idx", "x"], "argument --mod_idx: 'x' is not a whole number"),
+        (["--mod_idx", str(1 << 31)], f"argument --mod_idx: {1 << 31} must be at most {(1 << 31) - 1}"),
         (["--spark_master", "here"], "argument --spark_master: 'here', expected local[*], local[2], yarn, spark://"),
-        (["--memory_gb", "-1"], "argument --memory_gb: '-1', expected a number of at least 0.1"),
-        (["--seed", "-1"], "argument --seed: '-1', expected a whole number from 0"),
+        (["--memory_gb", "-1"], "argument --memory_gb: -1 must be at least 0.1"),
+        (["--seed", "-1"], "argument --seed: -1 must be at least 0"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, message):

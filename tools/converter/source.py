@@ -62,11 +62,14 @@ def count_rows(raw, labels_of):
 
 
 def first_characters(raw, block, problem):
-    """The label of every line, which is its first character: int8 (rows)."""
+    """The label of every line, which is its first character: int8 (rows).
+
+    problem: what is wrong with a line's cells; None: labels that are not 0 or 1 are returned as they are.
+    """
     data = np.frombuffer(block.data, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     labels = data[np.concatenate([[0], ends[:-1] + 1])] - ord("0")
-    if (labels > 1).any():
+    if problem and (labels > 1).any():
         raw.check_lines(block, problem)
     return labels.astype(np.int8)
 

@@ -77,14 +77,27 @@ class SparkEngine:
         """Per file (rows, labels or None, list of (offset, size, rows)); see Source."""
         tasks = [task for number, raw in enumerate(raws) for task in count_tasks(number, raw, self.scratch)]
         with Progress("counting rows") as progress:
-            found = self._map(tasks, count_piece, self._broadcast((raws, labels_of)))
+            found = self._map(tasks, count_piece, self._broadcast((raws, bool(labels_of))))
             counted = []
             for number, raw in enumerate(raws):
                 blocks = [block for result in found for block in result if block[0] == number]
-                labels = np.concatenate([block[4] for block in blocks]) if labels_of and blocks else None
+                labels = None
+                if labels_of and blocks:
+                    labels = np.concatenate([block[4] for block in blocks])
+                    self._check_labels(raw, unpacked_path(number, raw, self.scratch), blocks, labels_of)
                 counted.append((sum(block[3] for block in blocks), labels, [block[1:4] for block in blocks]))
                 progress.update(counted[-1][0])
         return counted
+
+    @staticmethod
+    def _check_labels(raw, path, blocks, problem):
+        """Raise the error of the first block with a label that is not 0 or 1; only here line numbers are known."""
+        line = 2 if raw.has_header else 1
+        for _, begin, size, rows, labels in blocks:
+            if (labels > 1).any():
+                block = next(blocks_of([(raw, path, None)], Place(0, line, rows, 0, begin, size, None)))[1]
+                raw.check_lines(block, problem)
+            line += rows
 
     def convert(self, job):
         """Make the shards of all splits. Returns ({split: rows}, {split: digest of its rows})."""
@@ -356,26 +369,25 @@ def count_tasks(number, raw, scratch):
 def count_piece(task, shared):
     """[(file number, begin, size, rows, labels or None)] of the blocks in a piece of a file."""
     number, path, begin, end = task
-    raws, labels_of = shared
+    raws, labelled = shared
     raw = raws[number]
     if not raw.is_text:
         return [(number, group, 0, rows, None) for group, rows in enumerate(raw.groups) if rows]
     if not raw.packed:
         begin, data = raw.piece(path, begin, end)
-        return [_counted(number, raw, begin, data, labels_of)] if data else []
+        return [_counted(number, raw, begin, data, labelled)] if data else []
     blocks, offset = [], 0
     with open(path, "wb") as file:
         for _, data in raw.pieces(raw_files.BLOCK_BYTES):
             file.write(data)
-            blocks.append(_counted(number, raw, offset, data, labels_of))
+            blocks.append(_counted(number, raw, offset, data, labelled))
             offset += len(data)
     return blocks
 
 
-def _counted(number, raw, begin, data, labels_of):
+def _counted(number, raw, begin, data, labelled):
     rows = data.count(b"\n")
-    # where a line is, is not known here
-    labels = first_characters(raw, Block(1, rows, data), labels_of) if labels_of else None
+    labels = first_characters(raw, Block(0, rows, data), None) if labelled else None
     return number, begin, len(data), rows, labels
 
 

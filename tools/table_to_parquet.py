@@ -18,7 +18,7 @@ by one option: --label (0 and 1), a kind, --keep (carried through the shards, no
     --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count times,
                     unknown and missing ones share the out-of-vocabulary id, which is the last one.
     --hash          a text; its id is a hash of it, in a table of a size of its own: for unbounded vocabularies.
-    --numeric       a number; its id is that of a bucket: floor(ln(v)^2) if v > 2, else the whole part of v, with a
+    --numeric       a number; its id is that of a bucket: floor(ln(v)^2) if v > 2, else v, of its whole part v, with a
                     vocabulary as above. With --numeric_bins, of one of so many bins that hold about equally many train
                     rows (fewer where values repeat). Missing numbers have an id of their own.
     --list          several texts a row: a list column of parquet, or a text with a --list_separator. The first

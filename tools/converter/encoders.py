@@ -347,7 +347,8 @@ class Bucket(VocabularyField):
 
     def parameters(self):
         cut = [MIN_INTEGER + 1, MAX_INTEGER] if self.own_missing else None
-        return {**super().parameters(), "rule": BUCKET_RULE, "own_missing": self.own_missing, "cut": cut}
+        rule = BUCKET_RULE + (", v cut to that range and to its whole part first" if self.own_missing else "")
+        return {**super().parameters(), "rule": rule, "own_missing": self.own_missing, "cut": cut}
 
     def tokens(self, column):
         if not self.own_missing:

@@ -116,7 +116,7 @@ class RawText:
             head = file.read(LONGEST_HEADER)
         mark = len(BOM) if head.startswith(BOM) else 0
         encoding = next((name for mark_bytes, name in MARKS if head.startswith(mark_bytes)), None)
-        if encoding is None and b"\0" in head[:200]:
+        if encoding is None and 4 * head[:200].count(b"\0") > len(head[:200]):
             encoding = "UTF-16, or not text at all"
         if encoding:
             raise UserError(f"{path} is {encoding}, expected text in UTF-8; write it again, say with iconv -t UTF-8")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found
 from tools.trainer import cli
 
 if __name__ == "__main__":
-    cli.handle_early_interrupt()  # imports take seconds
+    cli.start_script()  # imports take seconds
 
 import json
 

@@ -33,6 +33,7 @@ from tools.converter.vocabulary import (
     write_tokens,
 )
 from tools.trainer.cli import UserError, brief, first_line
+from tools.trainer.files import count, read_json
 
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
@@ -84,7 +85,7 @@ class Field:
         """Tokens (n) of one column -> ids within the field (n)."""
         raise NotImplementedError
 
-    def count(self, columns, texts):
+    def count_tokens(self, columns, texts):
         """(distinct tokens, counts, long texts) of token columns, or None where nothing is counted."""
         if not self.counted:
             return None
@@ -695,27 +696,22 @@ def fingerprint(fields):
     return hashlib.sha256("\n".join(f"{field.name} {field.digest()}" for field in fields).encode()).hexdigest()
 
 
+ADVICE = "convert the data again"
+INFO_SCHEMA = {  # what all versions have
+    "format_version": lambda version: version in (1, 2),
+    "fields": [{"name": str, "table_size": lambda size: count(size) and 0 < size <= LARGEST_TABLE, "offset": count}]}
+
+
 def not_a_dataset(path, error):
-    text = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
-    return UserError(f"{path} is not a dataset description ({text}); convert the data again")
+    return UserError(f"{path} cannot be used ({type(error).__name__}: {first_line(error)}); {ADVICE}")
 
 
 def read_info(folder, name=INFO):
-    """Contents of dataset_info.json, of which keys that all versions have were checked. Raises: UserError"""
+    """Contents of dataset_info.json, checked as far as all versions go. Raises: UserError"""
     path = Path(folder) / name
-    try:
-        with open(path, encoding="utf-8") as file:
-            info = json.load(file)
-        if not isinstance(info, dict) or not isinstance(info["fields"], list) or not info["fields"]:
-            raise ValueError("it has no list `fields`")
-        if info.get("format_version") not in (1, 2):
-            raise ValueError(f"format_version {brief(info.get('format_version'))}, expected 1 or 2")
-        for entry in info["fields"]:
-            if not isinstance(entry["name"], str) or type(entry["table_size"]) is not int or type(
-                    entry["offset"]) is not int or not 0 < entry["table_size"] <= LARGEST_TABLE:
-                raise ValueError(f"the field {brief(entry['name'])} has no proper name, table_size and offset")
-        return info
-    except FileNotFoundError:
-        raise UserError(f"no {name} in {folder}; give a folder that a converter made") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise not_a_dataset(path, error) from None
+    if not path.exists():
+        raise UserError(f"no {name} in {folder}; give a folder that a converter made")
+    info = read_json(path, INFO_SCHEMA, ADVICE)
+    if not info["fields"]:
+        raise UserError(f"{path} has no fields; {ADVICE}")
+    return info

@@ -94,7 +94,7 @@ class RowMaker:
             columns += tokens
             if self.counting and field.counted:
                 chosen = train & self.sampled(first_row, len(labels)) if field.sampled else train
-                counted.append(field.count([column[chosen] for column in tokens], texts))
+                counted.append(field.count_tokens([column[chosen] for column in tokens], texts))
         rows = self.layout.pack(labels, columns)
         return Rows(rows, splits, self.carried_of(table), counted if train.any() else None)
 

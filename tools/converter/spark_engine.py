@@ -33,6 +33,7 @@ from tools.converter.writer import SplitWriter, plan_files, rows_digest
 from tools.trainer.cli import UserError, first_line
 
 MAX_TASKS = 20_000  # of a stage
+BLOCKS_PER_PARTITION = 16  # of what is sorted or added up: about 128 MB of raw text
 # log4j2's settings; without an appender Spark would put its own settings in place of these
 NO_LOG = """
 appender.none.type = Null
@@ -103,6 +104,8 @@ class SparkEngine:
         """Make the shards of all splits. Returns ({split: rows}, {split: digest of its rows})."""
         places, num_rows = self._places(job)
         job.check_splits(num_rows)
+        partitions = max(self.spark.sparkContext.defaultParallelism, -(-len(places) // BLOCKS_PER_PARTITION))
+        self.spark.conf.set("spark.sql.shuffle.partitions", partitions)
         if job.counted_fields():
             job.fit(self._counts(job, places))
         job.write_vocabularies()

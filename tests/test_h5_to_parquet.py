@@ -1,11 +1,17 @@
 """tools/h5_to_parquet.py on small files of every FuxiCTR generation, against a plain reading of the same files."""
-import glob
+import contextlib
+import io
 import json
 import os
+import pickle
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import encode_rows
+import h5_to_parquet
 import h5py
 import numpy as np
 import pandas as pd
@@ -13,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tools.converter.encoders import Encoder
+
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "h5_to_parquet.py"
-sys.path.insert(0, str(TOOL.parent))
-import h5_to_parquet  # noqa: E402
 
 VOCAB_SIZES = {"user": 400, "item": 30, "hour": 24, "clicked": 2, "C10": 7}  # `clicked` sorts after `C10` in h5 files
 ROWS = {"train": 317, "valid": 110, "test": 103}
@@ -105,8 +111,7 @@ def convert(tmp_path, *options):
 
 
 def read_split(tmp_path, split):
-    files = sorted(glob.glob(str(tmp_path / "out" / split / "part-*.parquet")))
-    return pa.concat_tables([pq.read_table(file) for file in files])
+    return pq.read_table(tmp_path / "out" / split)
 
 
 def expected_frame(columns):
@@ -198,8 +203,9 @@ def test_dataset_info(tmp_path, capsys):
     info = json.loads(text)
     assert info["label"] == "Label"
     assert info["num_samples"] == {"train": 317, "val": 110, "test": 103}
-    assert info["fields"] == [{"name": name, "table_size": size, "offset": offset} for (name, size), offset
-                              in zip(VOCAB_SIZES.items(), [0, 400, 430, 454, 456])]
+    assert [(f["name"], f["table_size"], f["offset"], f["encoding"]["oov"]) for f in info["fields"]] == [
+        (name, size, offset, size - 1) for (name, size), offset in zip(VOCAB_SIZES.items(), [0, 400, 430, 454, 456])]
+    assert {f["encoding"]["kind"] for f in info["fields"]} == {"foreign"}  # there was no vocabulary
     assert info["source"]["encoding"] == "FuxiCTR 2.0-2.1"
     assert text in capsys.readouterr().out
     assert "README.md" in os.listdir(tmp_path / "out")
@@ -239,6 +245,122 @@ def test_one_of_several_labels(tmp_path, capsys):
     assert_same_rows(tmp_path, data)
 
 
+# --- FuxiCTR's own vocabulary ----------------------------------------------------------------------------------------
+
+def write_vocab(folder, change=None):
+    """feature_vocab.json as FuxiCTR 2.x writes it: token -> id, padding 0, out-of-vocabulary last."""
+    vocab = {}
+    for name, size in VOCAB_SIZES.items():
+        words = [f"{name} ü {i}" if name == "item" else str(3 * i) for i in range(1, size - 1)]
+        vocab[name] = {"__PAD__": 0, **{word: i for i, word in enumerate(words, 1)}, "__OOV__": size - 1}
+    if change:
+        change(vocab)
+    (folder / "feature_vocab.json").write_text(json.dumps(vocab, indent=4))
+    return vocab
+
+
+def test_fuxictr_vocabulary_is_taken_over(tmp_path, capsys):
+    """New raw rows get FuxiCTR's ids; convert_to_bucket's fields are named."""
+    data = write_dataset(tmp_path / "in", "2.3")
+    vocab = write_vocab(tmp_path / "in")
+    assert convert(tmp_path, "--buckets=C10") == 0
+    assert_same_rows(tmp_path, data)
+    assert "no vocabulary that can be read (feature_vocab.json of FuxiCTR 2.x) for clicked (1)" not in capsys.readouterr().out
+    rows = pd.DataFrame({"user": ["3", "6", "7", ""], "item": ["item ü 1", "item ü 28", "3", None], "hour": [3, 66, 69, 0],
+                         "clicked": ["0"] * 4, "C10": ["", "3", "20", "5"]})
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    assert encode_rows.main(["--dataset", str(tmp_path / "out"), "--input", str(tmp_path / "new.csv"), "--output_dir",
+                             str(tmp_path / "new")]) == 0
+    made = pq.read_table(tmp_path / "new").to_pandas()
+    offset = 0
+    for name, size in VOCAB_SIZES.items():
+        def token(text, name=name):
+            if name == "C10" and text:  # floor(ln(5)^2) is 2, of 20 it is 8
+                return {"3": "1", "20": "8", "5": "2"}[text]
+            return text
+        expected = [vocab[name].get(token(str(text or "")), size - 1) + offset for text in rows[name]]
+        assert made[name].tolist() == expected, name
+        offset += size
+
+
+@pytest.mark.parametrize("change", [
+    lambda vocab: vocab["item"].update(more=29), lambda vocab: vocab["item"].pop("__OOV__"),
+    lambda vocab: vocab.pop("item"), lambda vocab: vocab["item"].update({"item ü 1": 2}),
+])
+def test_vocabulary_that_is_not_of_consecutive_ids(tmp_path, capsys, change):
+    """Shared embeddings leave holes in some versions; such a field trains, but its raw values cannot be encoded."""
+    data = write_dataset(tmp_path / "in")
+    write_vocab(tmp_path / "in", change)
+    assert convert(tmp_path) == 0
+    assert_same_rows(tmp_path, data)
+    assert "for item (1): rows can be trained on" in capsys.readouterr().out
+    kinds = {field.name: field.kind for field in Encoder.load(tmp_path / "out").fields}
+    assert kinds == {**dict.fromkeys(VOCAB_SIZES, "category"), "item": "foreign"}
+    assert encode_rows.main(["--dataset", str(tmp_path / "out"), "--input", str(tmp_path), "--output_dir", "x"]) == 1
+    capsys.readouterr()
+
+
+def test_pickles_are_not_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "opened"),)
+
+    write_dataset(tmp_path / "in", "1.x")
+    (tmp_path / "in" / "feature_encoder.pkl").write_bytes(pickle.dumps(Bomb()))
+    assert convert(tmp_path) == 0
+    assert not (tmp_path / "opened").exists()
+    assert all(len(field.described["digest"]) == 64 for field in Encoder.load(tmp_path / "out").fields)
+
+
+@pytest.mark.parametrize("form", ["1.x", "2.0", "2.2 parts", "2.3"])
+def test_one_split_like_a_dataset(tmp_path, capsys, form):
+    write_dataset(tmp_path / "in", form)
+    (tmp_path / "in" / "feature_encoder.pkl").write_bytes(b"x")
+    if form != "1.x":
+        write_vocab(tmp_path / "in")
+    assert convert(tmp_path) == 0
+    later = tmp_path / "later"
+    data = write_dataset(later, form, splits=["test"])
+    shutil.copy(tmp_path / "in" / "feature_encoder.pkl", later)
+    if form != "1.x":
+        write_vocab(later)
+
+    def like(*options):
+        return h5_to_parquet.main([f"--input_dir={later}", f"--output_dir={tmp_path / 'ids'}", f"--like={tmp_path / 'out'}",
+                                   *options])
+    assert like() == 0
+    pd.testing.assert_frame_equal(pq.read_table(tmp_path / "ids").to_pandas(), expected_frame(data["test"]),
+                                  check_dtype=False)
+    info = json.loads((tmp_path / "ids" / "_dataset_info.json").read_text())
+    assert info["num_samples"] == {"rows": ROWS["test"]} and info["fingerprint"] == Encoder.load(tmp_path / "out").fingerprint
+    write_split(later, form, "valid", data["valid"])
+    assert like("--overwrite") == 1
+    assert "has val and test, expected one of train, valid and test; choose one with --split" in capsys.readouterr().err
+    assert like("--overwrite", "--split=val") == 0
+    # another vocabulary of the same size
+    if form == "1.x":
+        (later / "feature_encoder.pkl").write_bytes(b"y")
+    else:
+        write_vocab(later, lambda vocab: vocab["item"].update({"item ü 1": 2, "item ü 2": 1}))
+    assert like("--overwrite", "--split=val") == 1
+    assert "are not those of --like" in capsys.readouterr().err
+    write_feature_map(later, form.split()[0], {name: {"type": "categorical", "vocab_size": 9} for name in VOCAB_SIZES})
+    assert like("--overwrite", "--split=val") == 1
+    assert "has other features or vocab_sizes than --like" in capsys.readouterr().err
+
+
+def test_names_that_petastorm_cannot_read(tmp_path, capsys):
+    write_dataset(tmp_path / "in", "2.0")
+    features = {name: {"type": "categorical", "vocab_size": size} for name, size in VOCAB_SIZES.items()}
+    features = {f"the-{name}": spec for name, spec in features.items()}
+    write_feature_map(tmp_path / "in", "2.0", features)
+    for seed, split in enumerate(ROWS):
+        rows = random_rows(ROWS[split], seed)
+        write_split(tmp_path / "in", "2.0", split, {name if name == "clk" else f"the-{name}": v for name, v in rows.items()})
+    assert convert(tmp_path) == 0
+    assert read_split(tmp_path, "val").column_names == ["Label", *(f"the_{name}" for name in VOCAB_SIZES)]
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 def test_no_input(tmp_path, capsys):
@@ -253,7 +375,12 @@ def test_no_input(tmp_path, capsys):
 
 GOOD = {"type": "categorical", "vocab_size": 5}
 BAD_MAPS = {
-    "not JSON": ("{", "is not JSON"),
+    "not JSON": ("{", "cannot be used (Expecting property name"),
+    "deep": ("[" * 100_000, "cannot be used"),
+    "large": ({"features": [{"a": {"type": "categorical", "vocab_size": 2**70}}], "labels": ["y"]}, "a has vocab_size 1180"),
+    "no label names": ({"features": [{"a": {"type": "categorical", "vocab_size": 5}}], "labels": [1]}, "FuxiCTR version"),
+    "empty index": ({"feature_specs": {"a": {"type": "categorical", "vocab_size": 5, "index": []}}}, "indexes are not 0..0"),
+    "truth": ({"features": [{"a": {"type": "categorical", "vocab_size": True}}], "labels": ["y"]}, "a has vocab_size True"),
     "no known keys": ({"fields": {}}, "no known FuxiCTR version"),
     "both styles": ({"features": [], "feature_specs": {}}, "no known FuxiCTR version"),
     "features is no list of objects": ({"features": ["a"], "labels": ["y"]}, "no known FuxiCTR version"),
@@ -266,7 +393,6 @@ BAD_MAPS = {
     "twice": ({"features": [{"a": GOOD}, {"a": GOOD}], "labels": ["y"]}, "a is listed twice"),
     "no fields": ({"features": [{"g": {"type": "meta"}}], "labels": ["y"]}, "no categorical feature"),
     "no label": ({"features": [{"a": GOOD}]}, "0 labels"),
-    "feature called Label": ({"features": [{"Label": GOOD}], "labels": ["y"]}, "a feature called Label"),
     "same index": ({"feature_specs": {"a": {**GOOD, "index": 0}, "b": {**GOOD, "index": 0}}}, "indexes are not 0..1"),
     "no index": ({"feature_specs": {"a": GOOD}}, "indexes are not 0..0"),
 }
@@ -426,3 +552,51 @@ def test_command_line(tmp_path):
     assert again.returncode == 1
     assert len(again.stderr.splitlines()) == 1
     assert run("--input_dir=in").returncode == 2
+
+
+@pytest.mark.parametrize("form, name", [("2.2 parts", "train/part_00004 (1).npz"), ("2.2 parts", "train/copy.npz"),
+                                        ("1.x parts", "valid_part_3 (1).h5"), ("2.0", "test (copy).h5"),
+                                        ("2.0", "test_old.h5")])
+def test_copies_are_not_read(tmp_path, capsys, form, name):
+    write_dataset(tmp_path / "in", form)
+    first = next(path for path in (tmp_path / "in").rglob("*") if path.suffix in (".npz", ".h5"))
+    shutil.copy(first, tmp_path / "in" / name)
+    assert_refused(tmp_path, capsys, name, "not a name that FuxiCTR gives its files")
+
+
+def mutated(data, rng):
+    """The bytes of a file with some of them changed, cut out or doubled."""
+    data, kind = bytearray(data), rng.randrange(4)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        place = rng.randrange(len(data) or 1)
+        if kind == 0:
+            data[place : place + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            data[place : place + rng.randrange(1, 40)] = bytes(rng.randrange(1, 40))
+        elif kind == 2:
+            del data[place : place + rng.randrange(1, 400)]
+        else:
+            data[place:place] = data[place : place + rng.randrange(1, 100)]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", ["1.x", "2.0", "2.2 parts", "2.3"])
+def test_damaged_files_end_in_one_line_or_in_the_right_rows(tmp_path, form):
+    """A fuzz of its own: 100 mutations of data files and JSON files per generation."""
+    rng = random.Random(form)
+    data = write_dataset(tmp_path / "good", form)
+    write_vocab(tmp_path / "good")
+    files = [path.relative_to(tmp_path / "good") for path in sorted((tmp_path / "good").rglob("*")) if path.is_file()]
+    files += [path for path in files if path.suffix == ".json"] * 3
+    for number in range(100):
+        shutil.rmtree(tmp_path / "in", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "in")
+        victim = tmp_path / "in" / rng.choice(files)
+        victim.write_bytes(mutated(victim.read_bytes(), rng))
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+            status = convert(tmp_path, "--overwrite")
+        lines = shown.getvalue().splitlines()
+        assert (status, len(lines)) in ((0, 0), (1, 1)), (number, victim, lines)
+        if status == 0 and victim.suffix == ".npz":  # the only one with checksums
+            assert_same_rows(tmp_path, data)

@@ -24,12 +24,10 @@ from tools.trainer import cli
 if __name__ == "__main__":
     cli.start_script()  # imports take seconds
 
-import json
-
 import numpy as np
 
-from tools.converter import convert, growth, publish, splits
-from tools.converter.encoders import ROWS_INFO, Encoder
+from tools.converter import convert, growth, info, publish, splits
+from tools.converter.encoders import Encoder
 from tools.converter.rows import RowMaker
 from tools.converter.source import Source, open_files
 from tools.converter.writer import LABEL
@@ -46,15 +44,6 @@ def open_source(engine, args, encoder, wanted):
     return Source(engine, [(raw, 0) for raw in files], wanted)
 
 
-def rows_info(encoder, num_samples, digests, labelled, carried, unknown, args):
-    """Contents of dataset_info.json of encoded rows: the dataset's, with the rows' own numbers."""
-    fields = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
-    return {**encoder.info, "label": LABEL if labelled else None, "num_samples": num_samples, "digests": digests,
-            "carried": list(carried), "unknown": fields,
-            "source": {"tool": "tools/encode_rows.py", "options": {"dataset": str(args.dataset), "engine": args.engine},
-                       "encoding": encoder.info["source"]["encoding"]}}
-
-
 def encode_rows(args):
     encoder = Encoder.load(args.dataset)
     carried = growth.carried_of(encoder, args.keep or [])
@@ -67,8 +56,10 @@ def encode_rows(args):
         labelled = encoder.label in source.parts[0].raw.columns
         job = convert.Job(source, maker, folder, scratch, args)
         num_samples, digests = engine.encode(job, unknown)
-        info = rows_info(encoder, num_samples, digests, labelled, carried, unknown, args)
-        (folder / ROWS_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        made = {"tool": "tools/encode_rows.py", "options": {"dataset": args.dataset, "engine": args.engine}}
+        counts = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
+        info.write_rows_info(folder, info.rows_info(encoder.info, num_samples, digests, LABEL if labelled else None, carried,
+                                                    made, counts))
     values = source.num_rows * np.array([len(field.columns) for field in encoder.fields])
     shown = [f"{field.name} {count}" + (f" ({100 * count / total:.2f} %)" if count else "")
              for field, count, total in zip(encoder.fields, unknown, values)]

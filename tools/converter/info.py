@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.converter.encoders import fingerprint
+from tools.converter.encoders import INFO, ROWS_INFO, fingerprint
 from tools.converter.writer import LABEL
 from tools.trainer.cli import UserError
 
@@ -89,10 +89,21 @@ def write_info(folder, info, show=False):
     """Write README.md and, last of all files of a dataset, dataset_info.json. Returns nothing; show also prints."""
     text = info_text(info)
     (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-    (Path(folder) / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     if show:
         print(json.dumps(info, indent=2))
         print(text, flush=True)
+
+
+def rows_info(info, num_samples, digests, label, carried, source, unknown=None):
+    """Contents of _dataset_info.json of rows that were encoded as a dataset is: its own, with what is theirs."""
+    source = {**source, "encoding": info["source"]["encoding"]}
+    return {**info, "label": label, "num_samples": num_samples, "digests": digests, "carried": list(carried),
+            "unknown": unknown or {}, "source": source}
+
+
+def write_rows_info(folder, content):
+    (Path(folder) / ROWS_INFO).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- growth

@@ -210,7 +210,8 @@ def test_folder_of_the_input_and_current_folder_are_never_replaced(tmp_path, mon
 
 
 @pytest.mark.parametrize("entry, message", [
-    ("notes.txt", r"holds notes.txt \(1\) beside the dataset"), ("train/model.bin", r"holds train/model.bin \(1\) beside"),
+    ("notes.txt", r"holds notes.txt \(1\) beside the dataset"), ("train/model.bin", r"holds train/model.bin \(1\) "
+                                                                                    r"beside"),
     (None, "is no dataset: it holds train"), ("{", "cannot be used"),
 ])
 def test_only_a_dataset_is_replaced(tmp_path, entry, message):

@@ -597,7 +597,8 @@ BAD_TEXTS = {
     "line end in quotes": (GOOD.replace("t1,7", '"t\n1",7').encode(), "t.csv, line 9: a quote that is not closed"),
     "label": (GOOD.replace("1,t1,7", "2,t1,7").encode(), "t.csv, line 9: label '2', expected 0 or 1"),
     "no label": (GOOD.replace("1,t1,7", ",t1,7").encode(), "t.csv, line 9: label '', expected 0 or 1"),
-    "number": (GOOD.replace("t1,7.5", "t1,7,5").replace("7,5", "7;5").encode(), "t.csv, line 9: x is '7;5', expected a number"),
+    "number": (GOOD.replace("t1,7.5", "t1,7,5").replace("7,5", "7;5").encode(), "t.csv, line 9: x is '7;5', expected a "
+                                                                                "number"),
     "zero byte": (GOOD.replace("t1,7", "t\0,7").encode(), "t.csv, line 9: a zero byte"),
     "twice": (GOOD.replace("y,a,x", "y,a,a").encode(), "has two columns called 'a'"),
     "carriage return": (GOOD.replace("t1,7", "t\r1,7").encode(), "line 9: a carriage return inside the line"),
@@ -650,8 +651,10 @@ def test_paths_are_not_patterns(tables, tmp_path, name):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"x": pa.array([[1]] * 60)}, "row 0 (counted from 0): x is a value of type list<element: int64>, expected a number"),
-    ({"a": pa.array([[1]] * 60)}, "a is list<element: int64>, expected one value a row; a column of lists can be given to"),
+    ({"x": pa.array([[1]] * 60)}, "row 0 (counted from 0): x is a value of type list<element: int64>, expected a "
+                                  "number"),
+    ({"a": pa.array([[1]] * 60)}, "a is list<element: int64>, expected one value a row; a column of lists can be given "
+                                  "to"),
     ({"a": pa.array([b"\xff"] * 60)}, r"row 0 (counted from 0): a is b'\xff', expected text in UTF-8"),
     ({"y": pa.array([0.5] * 60)}, "y is 0.5, expected 0 or 1"),
     ({"y": pa.array([None] + [1] * 59)}, "y is missing, expected 0 or 1"),
@@ -693,7 +696,8 @@ def test_damaged_packed_files(tables, tmp_path, capsys):
     (["--categorical", "a,x", "--numeric", "x"], "column x is given to --categorical and --numeric"),
     (["--categorical", "a,x,y"], "column y is given to --label and --categorical"),
     (["--drop", "a,x"], "no column is a feature"),
-    (["--categorical", "a,x", "--min_count", "b=3"], "--min_count b=...: 'b' is no column of --categorical or --numeric"),
+    (["--categorical", "a,x", "--min_count", "b=3"], "--min_count b=...: 'b' is no column of --categorical or "
+                                                     "--numeric"),
     (["--categorical", "a,x", "--hash", "50"], "--hash needs the name of a column"),
     (["--categorical", "a,x", "--keep", "b"], "there is no column 'b'"),
 ])

@@ -81,7 +81,8 @@ def find_inputs(args):
     days = find_days(folder)
     kinds = [*(f"train{kind}" for kind in found if found[kind]["train"]), *([days[0].name] if days else [])]
     if len(kinds) > 1:
-        raise UserError(f"--input_dir {folder} has both {' and '.join(kinds)}; move all but one of these data sets elsewhere")
+        raise UserError(f"--input_dir {folder} has both {' and '.join(kinds)}; move all but one of these data sets "
+                        "elsewhere")
     if days:
         return split_days(days, args.val_days, args.test_days)
     for kind, paths in found.items():
@@ -93,7 +94,8 @@ def find_inputs(args):
                 raise UserError(f"{folder} has no {' and no '.join(missing)} (nor .gz of it); expected train{kind}, "
                                 f"valid{kind} and test{kind}, or Kaggle's train.txt alone")
             return [(path, split) for split, path in enumerate(paths.values())]
-    raise UserError(f"{folder} has neither train.txt nor train.csv, valid.csv, test.csv nor day_0 ... (nor .gz of them)")
+    raise UserError(f"{folder} has neither train.txt nor train.csv, valid.csv, test.csv nor day_0 ... (nor .gz of "
+                    "them)")
 
 
 def find(folder, name):
@@ -125,8 +127,8 @@ def split_days(days, val_days, test_days):
     if (val_days is None) != (test_days is None):
         raise UserError("--val_days and --test_days go together; give both or none")
     if len(days) < 3:
-        raise UserError(f"there are {len(days)} days ({shorten([path.name for path in days])}), expected at least 3: train, "
-                        "val and test")
+        raise UserError(f"there are {len(days)} days ({shorten([path.name for path in days])}), expected at least 3: "
+                        "train, val and test")
     val_days, test_days = val_days or [numbers[-2]], test_days or [numbers[-1]]
     unknown = sorted({*val_days, *test_days} - set(numbers))
     if unknown:
@@ -147,7 +149,8 @@ def open_source(engine, args, fields):
     check = RowMaker(fields, LABEL, {}, splits.ByFile(), counting=False).problem
     source = Source(engine, files, COLUMNS, labels_of=check)
     if source.num_rows < splits.NUM_FOLDS:
-        raise UserError(f"{files[0][0].path} has {source.num_rows} rows, expected at least {splits.NUM_FOLDS} to split them")
+        raise UserError(f"{files[0][0].path} has {source.num_rows} rows, expected at least {splits.NUM_FOLDS} to split "
+                        "them")
     return source, splits.ByFold(source.labels, args.fold_rule)
 
 

@@ -70,7 +70,8 @@ def encode_rows(args):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--dataset", required=True, help="dataset (or folder with its dataset_info.json and vocabulary/)")
+    parser.add_argument("--dataset", required=True, help="dataset (or folder with its dataset_info.json and "
+                                                         "vocabulary/)")
     parser.add_argument("--input", action="append", required=True, help="file or folder; may be given several times")
     parser.add_argument("--keep", type=name_list, help="columns carried through the shards, a,b,c")
     convert.add_common_options(parser, dataset=False)

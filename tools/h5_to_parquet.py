@@ -108,8 +108,8 @@ MAP_SCHEMA = ({"feature_specs": SPECS, "features?": lambda _: False},
 def read_feature_map(path, label=None):
     """FeatureMap of a feature_map.json, both styles. UserError says what is wrong."""
     content = read_json(path, dict, AGAIN)
-    read_json(path, MAP_SCHEMA, "it is of no known FuxiCTR version; expected either the key `feature_specs` (1.x) or the "
-                                "key `features` (2.x)")
+    read_json(path, MAP_SCHEMA, "it is of no known FuxiCTR version; expected either the key `feature_specs` (1.x) or "
+                                "the key `features` (2.x)")
     by_name = "features" in content
     if by_name:
         specs = [item for feature in content["features"] for item in feature.items()]
@@ -255,7 +255,8 @@ def inspect_part(path, feature_map):
 
 
 def unreadable(path, error):
-    return UserError(f"{path} cannot be read ({first_line(error)}); it may be cut short or damaged: make or fetch it again")
+    return UserError(f"{path} cannot be read ({first_line(error)}); it may be cut short or damaged: make or fetch it "
+                     "again")
 
 
 def column_names(feature_map):
@@ -427,8 +428,8 @@ def make_fields(feature_map, version, buckets):
                                                           "digest": digest})
         fields.append(field)
     if foreign:
-        print(f"no vocabulary that can be read ({SAVED[0]} of FuxiCTR 2.x) for {shorten(foreign)}: rows can be trained on, "
-              "but new raw rows not encoded")
+        print(f"no vocabulary that can be read ({SAVED[0]} of FuxiCTR 2.x) for {shorten(foreign)}: rows can be trained "
+              f"on, but new raw rows not encoded")
     return fields
 
 
@@ -518,8 +519,8 @@ def inspect_input(input_dir, label, wanted):
     if wanted is None:
         found = {split: paths for split, paths in found.items() if paths}
         if len(found) != 1:
-            raise UserError(f"{folder} has {' and '.join(found) or 'no split'}, expected one of train, valid and test; choose "
-                            "one with --split")
+            raise UserError(f"{folder} has {' and '.join(found) or 'no split'}, expected one of train, valid and test; "
+                            "choose one with --split")
     for split, paths in found.items():
         if not paths:
             name = FILE_NAMES[split][0]
@@ -554,17 +555,18 @@ def check_like(encoder, feature_map, version, like):
     if dict(zip(feature_map.fields, feature_map.vocab_sizes)) != sizes:
         other = [name for name, size in zip(feature_map.fields, feature_map.vocab_sizes) if sizes.get(name) != size]
         raise UserError(f"{feature_map.path} has other features or vocab_sizes than --like {like}: "
-                        f"{shorten(other or [name for name in sizes if name not in feature_map.fields])}; encode the rows "
-                        "with the vocabulary that the dataset was made with")
+                        f"{shorten(other or [name for name in sizes if name not in feature_map.fields])}; encode the "
+                        "rows with the vocabulary that the dataset was made with")
     if saved_digest(Path(feature_map.path).parent) is None:
-        print(f"note: {' or '.join(SAVED[:2])} is not beside the rows, so only the sizes of the vocabularies were compared")
+        print(f"note: {' or '.join(SAVED[:2])} is not beside the rows, so only the sizes of the vocabularies were "
+              f"compared")
         return
     buckets = [field.raw_column for field in encoder.fields if isinstance(field, Bucket)]
     fields = {field.raw_column: field.digest() for field in make_fields(feature_map, version, buckets)}
     other = [field.name for field in encoder.fields if field.digest() != fields[field.raw_column]]
     if other:
-        raise UserError(f"the vocabularies beside {feature_map.path} are not those of --like {like}: {shorten(other)}; encode "
-                        "the rows with the vocabulary that the dataset was made with")
+        raise UserError(f"the vocabularies beside {feature_map.path} are not those of --like {like}: {shorten(other)}; "
+                        "encode the rows with the vocabulary that the dataset was made with")
 
 
 def convert_data(args):
@@ -614,7 +616,8 @@ def parse_args(argv=None):
                         help="folder that FuxiCTR wrote, with feature_map.json in it or one folder below")
     convert.add_common_options(parser, engines=False)
     parser.add_argument("--label", help="label column, needed when the FuxiCTR data has several")
-    parser.add_argument("--buckets", type=name_list, help="features of integers that convert_to_bucket has changed, I1,I2,...")
+    parser.add_argument("--buckets", type=name_list, help="features of integers that convert_to_bucket has changed, "
+                                                          "I1,I2,...")
     parser.add_argument("--like", help="dataset whose ids the rows have: only one split is converted")
     parser.add_argument("--split", choices=list(FILE_NAMES), help="which one, with --like")
     args = parser.parse_args(argv)

@@ -92,7 +92,8 @@ def make_parser():
     group.add_argument("--columns", type=name_list, help="names of all columns of text files that have no header")
     group.add_argument("--separator", type=separator, help="of text files, tab for a tab; default: found by looking")
     group.add_argument("--no_quotes", action="store_true", help="quotes in text files are plain characters")
-    group.add_argument("--describe", action="store_true", help="look at the rows, propose a command, and change nothing")
+    group.add_argument("--describe", action="store_true", help="look at the rows, propose a command, and change "
+                                                               "nothing")
     group.add_argument("--base", help="dataset to grow: its fields and ids are kept, and new tokens appended")
     group = parser.add_argument_group("columns")
     group.add_argument("--label", help="column with the label, 0 or 1")
@@ -114,7 +115,8 @@ def make_parser():
     share = number(float, 0, 1, open_low=True)
     group.add_argument("--val_share", type=share, default=0.1, help="share of the rows (or groups) for val")
     group.add_argument("--test_share", type=share, default=0.1, help="share of the rows (or groups) for test")
-    group.add_argument("--split_by", metavar="COLUMN", help="column with the time of a row: a number, or a date as text")
+    group.add_argument("--split_by", metavar="COLUMN", help="column with the time of a row: a number, or a date as "
+                                                            "text")
     group.add_argument("--val_from", help="first time of val")
     group.add_argument("--test_from", help="first time of test")
     group.add_argument("--split_by_group", metavar="COLUMN", help="column whose values are not to be in two splits")
@@ -185,8 +187,8 @@ def assign(args, columns):
         raise UserError(f"there is no column {absent[0]!r}; the columns are {shorten(columns)}")
     left = [name for name in columns if name not in kinds and name not in used and name not in others]
     if left:
-        raise UserError(f"no option names the columns {shorten(left)}; give them to --categorical, --numeric, --list, --keep "
-                        "or --drop (see --describe)")
+        raise UserError(f"no option names the columns {shorten(left)}; give them to --categorical, --numeric, --list, "
+                        "--keep or --drop (see --describe)")
     if not kinds:
         raise UserError("no column is a feature; give some to --categorical, --numeric or --list")
     check_per_field(args, kinds)

@@ -41,8 +41,8 @@ class Job:
             field.fit(tokens, counts, texts)
         for field in self.maker.fields:
             if field.table_size > LARGEST_TABLE:
-                raise UserError(f"field {field.name} has {field.table_size} ids, expected at most {LARGEST_TABLE}; give a "
-                                "larger --min_count, or --hash")
+                raise UserError(f"field {field.name} has {field.table_size} ids, expected at most {LARGEST_TABLE}; "
+                                "give a larger --min_count, or --hash")
 
     def id_columns(self):
         """[(name, offset)] of the id columns."""
@@ -63,8 +63,8 @@ class Job:
     def check_splits(self, num_rows):
         empty = [split for split in SPLITS if not num_rows[split]]
         if empty:
-            raise UserError(f"the {empty[0]} split has no rows ({', '.join(f'{num_rows[s]} {s}' for s in SPLITS)}); choose "
-                            "other bounds or shares of the splits")
+            raise UserError(f"the {empty[0]} split has no rows ({', '.join(f'{num_rows[s]} {s}' for s in SPLITS)}); "
+                            "choose other bounds or shares of the splits")
 
 
 def carried_schema(maker, source):
@@ -73,7 +73,8 @@ def carried_schema(maker, source):
     for name, column in maker.carried.items():
         kinds = {pa.string() if part.raw.is_text else part.raw.types[column] for part in source.parts}
         if len(kinds) > 1:
-            raise UserError(f"--keep {column}: the inputs have it as {' and '.join(map(str, kinds))}; give inputs of one type")
+            raise UserError(f"--keep {column}: the inputs have it as {' and '.join(map(str, kinds))}; give inputs of "
+                            "one type")
         fields.append(pa.field(name, plain(kinds.pop())))
     return pa.schema(fields)
 
@@ -146,13 +147,14 @@ def add_common_options(parser, engines=True, dataset=True):
                             help="print dataset_info.json and README.md of the dataset as well")
     if engines:
         parser.add_argument("--engine", choices=list(ENGINES), default="arrow", help="what does the work")
-        parser.add_argument("--spark_master", type=spark_master, default="local[*]", help="Spark master (--engine spark)")
+        parser.add_argument("--spark_master", type=spark_master, default="local[*]", help="Spark master (--engine "
+                                                                                          "spark)")
 
 
 def spark_master(text):
     if not spark_engine.is_master(text):
-        raise argparse.ArgumentTypeError(f"'{text}', expected local[*], local[2], yarn, spark://HOST:PORT, k8s://... or "
-                                         "mesos://...")
+        raise argparse.ArgumentTypeError(f"'{text}', expected local[*], local[2], yarn, spark://HOST:PORT, k8s://... "
+                                         "or mesos://...")
     return text
 
 

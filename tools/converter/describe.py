@@ -70,7 +70,8 @@ def describe(name, column, is_text):
     numbers = numbers_of(column if not is_text else present)
     looks = "text" if numbers is None else "whole numbers" if (numbers == np.floor(numbers)).all() else "numbers"
     if pa.types.is_temporal(column.type) or looks == "text" and all(TIME_TEXT.fullmatch(text) for text in examples):
-        return Column(name, "times", *common, "drop", f"or split by it: --split_by {name} --val_from ... --test_from ...")
+        return Column(name, "times", *common, "drop", f"or split by it: --split_by {name} --val_from ... --test_from "
+                                                      "...")
     return Column(name, looks, *common, *kind_of(name, looks, values, present, missing))
 
 

@@ -555,8 +555,8 @@ class Foreign(Field):
         return {"table_size": self.size, "by": self.described.get("by"), "digest": self.described.get("digest")}
 
     def tokens(self, column):
-        raise UserError(f"field {self.name} was encoded by {self.described.get('by')}, which kept no vocabulary that can "
-                        "be read; encode new rows with that program and convert them with h5_to_parquet.py --like")
+        raise UserError(f"field {self.name} was encoded by {self.described.get('by')}, which kept no vocabulary that "
+                        "can be read; encode new rows with that program and convert them with h5_to_parquet.py --like")
 
 
 # ------------------------------------------------------------------------------------------------ dataset_info.json
@@ -611,8 +611,8 @@ class Encoder:
         folder = Path(folder)
         info = read_info(folder)
         if not all("encoding" in entry for entry in info["fields"]):
-            raise UserError(f"{folder} was made by an older version, which kept no vocabularies: its rows train as before, "
-                            "but new rows cannot be encoded; convert the raw data again")
+            raise UserError(f"{folder} was made by an older version, which kept no vocabularies: its rows train as "
+                            "before, but new rows cannot be encoded; convert the raw data again")
         fields = []
         try:
             for entry in info["fields"]:
@@ -622,8 +622,9 @@ class Encoder:
                 if field.table_size != entry["table_size"]:
                     raise ValueError(f"field {field.name} has {field.table_size} ids, not {entry['table_size']}")
                 if field.digest() != entry["fingerprint"]:
-                    raise UserError(f"{folder}: field {field.name} is not encoded as its fingerprint says: its vocabulary "
-                                    "or description was changed or swapped; copy the dataset again, or convert again")
+                    raise UserError(f"{folder}: field {field.name} is not encoded as its fingerprint says: its "
+                                    "vocabulary or description was changed or swapped; copy the dataset again, or "
+                                    "convert again")
                 fields.append(field)
             encoder = cls(info, fields)
             if encoder.fingerprint != info["fingerprint"]:

@@ -22,8 +22,8 @@ def adopt(base, fields, folder):
         else:
             same = field.kind == old.kind and field.columns == old.columns and field.raw_column == old.raw_column
         if not same:
-            raise UserError(f"--base {folder}: field {field.name} is encoded there as {old.kind}, {old.parameters()}, and "
-                            f"would be here as {field.kind}; give the options that the dataset was made with")
+            raise UserError(f"--base {folder}: field {field.name} is encoded there as {old.kind}, {old.parameters()}, "
+                            f"and would be here as {field.kind}; give the options that the dataset was made with")
         if isinstance(field, VocabularyField):
             old.read_rare(folder)
             field.vocabulary, field.rare = old.vocabulary, old.rare

@@ -132,8 +132,8 @@ def check_growth(old_info, encoder):
         raise UserError("the two datasets have other fields; a growth has the same fields in the same order")
     for entry in old_info["fields"]:
         if fields[entry["name"]].digest(entry["encoding"].get("num_tokens")) != entry["fingerprint"]:
-            raise UserError(f"field {entry['name']} did not keep its ids: its vocabulary does not begin with the old one; "
-                            "make the dataset again with --base")
+            raise UserError(f"field {entry['name']} did not keep its ids: its vocabulary does not begin with the old "
+                            "one; make the dataset again with --base")
 
 
 def row_map(old_info, new_info):

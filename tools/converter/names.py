@@ -30,8 +30,8 @@ def shard_names(columns, lengths, kept):
 
     def take(name, column):
         if name in taken:
-            raise UserError(f"columns {taken[name]!r} and {column!r} would both be called {name} in the dataset; rename one "
-                            "of them in the input")
+            raise UserError(f"columns {taken[name]!r} and {column!r} would both be called {name} in the dataset; "
+                            "rename one of them in the input")
         taken[name] = column
 
     for column, name in names.items():

@@ -46,8 +46,8 @@ def output_lock(output):
         file = open(path, "a")  # noqa: SIM115
         if not _locked(file):
             file.close()
-            raise UserError(f"--output_dir {output} is being written by another run; wait for its end, or choose another "
-                            "folder")
+            raise UserError(f"--output_dir {output} is being written by another run; wait for its end, or choose "
+                            "another folder")
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
@@ -123,8 +123,8 @@ def _check_replaced(output_dir, output, overwrite):
     for split in names & {"train", "val", "test"}:
         strange += [f"{split}/{name}" for name in sorted(os.listdir(output / split)) if not name.endswith(".parquet")]
     if strange:
-        raise UserError(f"--output_dir {output_dir} holds {shorten(strange)} beside the dataset, so --overwrite does not "
-                        "replace it; move that elsewhere, or choose another folder")
+        raise UserError(f"--output_dir {output_dir} holds {shorten(strange)} beside the dataset, so --overwrite does "
+                        "not replace it; move that elsewhere, or choose another folder")
 
 
 def _make_parent(option, value, parent):

@@ -205,8 +205,8 @@ class RawText:
                     offset += len(block)
 
     def _too_long(self, offset):
-        return UserError(f"{self.path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {offset}; expected one row "
-                         "per line, with line ends as Unix or Windows write them")
+        return UserError(f"{self.path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {offset}; expected one "
+                         "row per line, with line ends as Unix or Windows write them")
 
     def blocks(self, columns=None):
         """Yield Blocks of whole lines without the header."""
@@ -379,5 +379,5 @@ class RawParquet:
         pass
 
     def bad_value(self, block, error):
-        return UserError(f"{self.path}, row {block.place + error.row} (counted from 0): {error.column} is {error.value}, "
-                         f"expected {error.expected}")
+        return UserError(f"{self.path}, row {block.place + error.row} (counted from 0): {error.column} is "
+                         f"{error.value}, expected {error.expected}")

@@ -219,8 +219,8 @@ class SparkEngine:
         names, kinds = [f"id{i}" for i in range(len(job.id_columns()))], []
         for field in job.carried_schema or ():
             if str(field.type) not in CARRIED_TYPES:
-                raise UserError(f"--keep: column {field.name} is of type {field.type}, which --engine spark does not carry; "
-                                "use --engine arrow, or make it text")
+                raise UserError(f"--keep: column {field.name} is of type {field.type}, which --engine spark does not "
+                                "carry; use --engine arrow, or make it text")
             kinds.append(f"carried{len(kinds)} {CARRIED_TYPES[str(field.type)]}")
         schema = ", ".join(["split int", "key long", "label int", *(f"{name} int" for name in names), *kinds])
         blocks = self.spark.range(0, len(places), 1, numPartitions=min(len(places), MAX_TASKS))

@@ -90,8 +90,9 @@ class ByTime:
             try:
                 bounds = [pa.scalar(bound).cast(column.type) for bound in self.bounds]
             except pa.ArrowInvalid:
-                raise BadValue(0, f"a value of type {column.type}", f"one that compares with {' and '.join(self.bounds)}; "
-                               "give --val_from and --test_from as 2024-01-31 or 2024-01-31 12:00:00") from None
+                raise BadValue(0, f"a value of type {column.type}", f"one that compares with "
+                               f"{' and '.join(self.bounds)}; give --val_from and --test_from as 2024-01-31 or "
+                               "2024-01-31 12:00:00") from None
             self._check(column.is_null(), column)
             steps = [pc.cast(pc.greater_equal(column, bound), pa.int8()) for bound in bounds]
             return np.asarray(steps[0]) + np.asarray(steps[1])

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import table_to_parquet
 from conftest import TABLE_SIZES, make_dataset
 
 OFFSETS = [0, 7, 18]
@@ -113,11 +114,17 @@ def set_cell(column, value):
     ("val", lambda frame: frame.assign(Label=1.0), "all labels of the val split are 1; AUC needs both 0 and 1"),
     ("test", lambda frame: frame[5:], "the test split has 92 rows, dataset_info.json says 97"),
     ("val", lambda frame: frame.astype({"f0": float}),
-     "field f0 of the val split is of type double, expected integers"),
+     "field f0 of the val split is of type double, expected signed integers (petastorm drops unsigned ones); convert the "
+     "data again"),
+    ("test", lambda frame: frame.astype({"f1": "uint16"}),
+     "field f1 of the test split is of type uint16, expected signed integers (petastorm drops unsigned ones); convert the "
+     "data again"),
+    ("test", lambda frame: frame.astype({"f1": "uint64"}),
+     "field f1 of the test split is of type uint64, expected signed integers (petastorm drops unsigned ones); convert the "
+     "data again"),
     ("val", lambda frame: frame.assign(f0=frame["f0"].astype("Int32").mask(frame["f1"] == 7)),
      "column f0 of the val split lacks 35 values; convert it again"),
-    ("val", lambda frame: frame.drop(columns="f2"), "the val split does not have Label and the fields of train: f2 (1)"
-                                                    " are only in one of them"),
+    ("val", lambda frame: frame.drop(columns="f2"), "the val split lacks the columns f2 (1); it has Label, f0, f1 (3)"),
 ])
 def test_faults_in_the_files(dataset_dir, capsys, split, change, message):
     edit_split(dataset_dir, split, change)
@@ -136,12 +143,13 @@ def test_rows_outside_are_counted(dataset_dir, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda info: info["fields"][2].update(offset=17), "gives field f2 the offset 17, expected 18, the sum of"),
+    (lambda info: info["fields"][2].update(offset=17), "gives f2 the offset 17, but the tables before it have 18 rows"),
     (lambda info: info["num_samples"].update(val=100), "the val split has 101 rows, dataset_info.json says 100"),
-    (lambda info: info["fields"][0].update(table_size=0), "is not a dataset description"),
-    (lambda info: info["fields"][0].update(name="g"), "dataset_info.json names the fields g, f1, f2 (3), the files"),
+    (lambda info: info["fields"][0].update(table_size=0), "dataset_info.json cannot be used (fields"),
+    (lambda info: info["fields"][0].update(table_size=2**70), "dataset_info.json cannot be used (fields"),
+    (lambda info: info["fields"][0].update(name="g"), "the train split lacks the columns g (1); it has Label, f0, f1, f2"),
     (lambda info: info.update(label="click"), "names the label click, the trainer reads Label"),
-    (lambda info: info.pop("num_samples"), "is not a dataset description (KeyError('num_samples'))"),
+    (lambda info: info.pop("num_samples"), "dataset_info.json cannot be used (it lacks num_samples)"),
 ])
 def test_faults_in_the_description(dataset_dir, capsys, change, message):
     edit_info(dataset_dir, change)
@@ -189,6 +197,58 @@ def test_unreadable_files(dataset_dir, capsys):
     path.write_bytes(content[:4] + b"\xff" * (len(content) // 2) + content[4 + len(content) // 2:])
     status, _, errors = run(capsys, dataset_dir)
     assert status == 1 and sum(str(path) in line for line in errors) == 1, errors
+
+
+def test_columns_that_are_no_fields_are_left_alone(dataset_dir, capsys):
+    """Structs, texts and pandas' index, before and behind the fields."""
+    for split in ("train", "val", "test"):
+        table = pq.read_table(dataset_dir / split / FILE)
+        struct = pa.array([{"x": i, "y": "z"} for i in range(len(table))])
+        table = table.add_column(0, "before", struct).append_column("text", pa.array(["t"] * len(table)))
+        table = table.append_column("__index_level_0__", pa.array(range(len(table)), pa.int64()))
+        pq.write_table(table, dataset_dir / split / FILE, row_group_size=50)
+    status, out, errors = run(capsys, dataset_dir, "--json")
+    assert (status, errors) == (0, [])
+    assert [field["name"] for field in json.loads(out)["fields"]] == ["f0", "f1", "f2"]
+
+
+def test_lists_and_vocabularies(tmp_path, capsys):
+    """A dataset of the converter: the columns of a list are one field, and a swapped vocabulary is found."""
+    rng = np.random.default_rng(0)
+    tags = ["|".join(rng.choice(list("abcdef"), size)) for size in rng.integers(0, 4, 2000)]
+    pd.DataFrame({"tags": tags, "u": rng.integers(0, 90, 2000), "y": rng.integers(0, 2, 2000)}).to_csv(tmp_path / "t.csv", index=False)
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "d"), "--label", "y",
+                                  "--categorical", "u", "--list", "tags", "--min_count", "30"]) == 0
+    capsys.readouterr()
+    status, out, errors = run(capsys, tmp_path / "d", "--json")
+    assert (status, errors) == (0, [])
+    fields = {field["name"]: field for field in json.loads(out)["fields"]}
+    assert (fields["tags"]["table_size"], fields["tags"]["seen"]) == (8, 7)  # padding and six tags, none unknown
+    train = pd.read_parquet(tmp_path / "d" / "train")
+    oov = train["u"].max()
+    assert fields["u"]["oov"]["train"] == pytest.approx((train["u"] == oov).mean()) and fields["u"]["oov"]["train"] > 0
+    path = tmp_path / "d" / "vocabulary" / "tags.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "token", pa.array(table["token"].to_pylist()[::-1])), path)
+    status, _, errors = run(capsys, tmp_path / "d")
+    assert status == 1 and "field tags is not encoded as its fingerprint says" in errors[0]
+
+
+def test_a_page_that_gives_fewer_rows_than_the_file_says(dataset_dir, capsys, monkeypatch):
+    batches = pq.ParquetFile.iter_batches
+
+    def short(self, *args, columns, **options):
+        for batch in batches(self, *args, columns=columns, **options):
+            yield batch[:-5] if columns == ["Label"] and self.metadata.num_rows == 101 else batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short)
+    status, _, errors = run(capsys, dataset_dir)
+    assert status == 1 and "column Label has 96 rows, the file says 101" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["data[1]", "a?b", "a#b", "100%"])
+def test_paths_are_not_patterns(tmp_path, capsys, name):
+    assert run(capsys, make_dataset(tmp_path / name))[0] == 0
 
 
 def test_missing_folders(dataset_dir, capsys, tmp_path):

@@ -28,8 +28,8 @@ def make_dataset(folder, rows, fields, table_rows):
     """
     import numpy as np
     import pyarrow as pa
-    from parquet_common import parquet_writer
 
+    from tools.converter.writer import parquet_writer
     from tools.trainer.cli import UserError
 
     if table_rows < fields:

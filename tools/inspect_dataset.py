@@ -25,21 +25,31 @@ Columns: `seen` counts the distinct ids of the train split, `top id` is the shar
 `new` the share of rows with an id that no train row has (its table row is never trained), `outside` counts the rows of
 all splits with an id outside the field's table. Shares are in per cent.
 
-One column is read at a time in slices; memory grows with the largest table only (4 bytes per row of it). Exit status:
+One column is read at a time in slices; memory grows with the largest table only (4 bytes per row of it). Columns that are
+no fields, by dataset_info.json, are left alone. Where the dataset has vocabularies, they are compared with their
+fingerprints. Exit status:
 0 when the trainer can use the dataset, 1 when something is wrong (one line for each thing), 2 for wrong arguments.
 """
 
-import argparse
 import json
-import keyword
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.start_script()  # imports take seconds
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from parquet_common import LABEL, SPLITS, Parser, make_fields
 from tqdm import tqdm
+
+from tools.converter.encoders import Encoder, read_info
+from tools.converter.names import is_readable
+from tools.trainer.cli import UserError, first_line, int_list, shorten
+from tools.trainer.dataset import LABEL, SPLITS, columns_of_fields, parquet_files, read_dataset_info
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory
 VECTOR = 16 + 1  # floats per id with the trainer's default --embedding_vec_size, first-order weight included
@@ -57,10 +67,11 @@ class Split:
         self.name, self.problems, self.files, self.columns = name, problems, [], {}
         self.num_rows = self.row_groups = 0
         self.complete = True
-        paths = sorted(Path(folder).glob("*.parquet"))
-        if not paths:
-            problems.append(f"no *.parquet files in {folder}; convert the data again or check DATA_DIR")
-            self.complete = False
+        try:
+            paths = parquet_files(folder)
+        except UserError as error:
+            problems.append(str(error))
+            paths, self.complete = [], False
         for path in paths:
             self.add(path)
         if self.complete and self.num_rows == 0:
@@ -70,11 +81,13 @@ class Split:
         try:
             metadata = pq.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
+        except READ_ERRORS as error:
             self.problems.append(unreadable(path, error))
             self.complete = False
             return
         columns = dict(zip(schema.names, schema.types))
+        if len(columns) < len(schema.names):
+            self.problems.append(f"{path} has several columns of one name: {shorten(schema.names)}")
         if self.files and list(columns.items()) != list(self.columns.items()):
             different = sorted({name for name, _ in columns.items() ^ self.columns.items()}) or columns
             self.problems.append(f"{path} has other columns, types or order than {self.files[0]}: {shorten(different)}")
@@ -91,75 +104,79 @@ class Split:
         for path in list(self.files):
             try:
                 with pq.ParquetFile(path) as file:
+                    rows = 0
                     for batch in file.iter_batches(SLICE_ROWS, columns=[column]):
                         values = batch.column(0)
                         missing += values.null_count
+                        rows += len(values)
                         yield values.drop_null().to_numpy(zero_copy_only=False)
-            except (pa.ArrowException, OSError) as error:
+                    if rows != file.metadata.num_rows:
+                        raise ValueError(f"column {column} has {rows} rows, the file says {file.metadata.num_rows}")
+            except READ_ERRORS as error:
                 self.problems.append(unreadable(path, error))
                 self.files.remove(path)
         if missing:
             self.problems.append(f"column {column} of the {self.name} split lacks {missing} values; convert it again")
 
 
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
+
+
 def unreadable(path, error):
-    return f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); convert or copy it again"
-
-
-def shorten(names):
-    names = list(names)
-    return ", ".join(names if len(names) <= 6 else names[:3] + ["..."] + names[-2:]) + f" ({len(names)})"
+    return f"{path} is not a readable parquet file ({first_line(error)}); convert or copy it again"
 
 
 # -------------------------------------------------------------------------------------------------------- descriptions
 
 
-def read_info(data_dir, problems):
-    """dataset_info.json, or {} where it is missing or wrong."""
-    path = data_dir / "dataset_info.json"
-    if not path.exists():
+def read_description(data_dir, problems):
+    """What dataset_info.json says: {fields, num_samples, encoding}; {} where it is missing or wrong.
+
+    fields: {name, table_size, offset, columns, oov (id within the field, or None)}.
+    """
+    if not (data_dir / "dataset_info.json").exists():
         return {}
     try:
-        info = json.loads(path.read_text())
-        fields = make_fields([f["name"] for f in info["fields"]], [int(f["table_size"]) for f in info["fields"]])
-        if any(field["table_size"] < 1 for field in fields):
-            raise ValueError("a table_size below 1")
-        samples = {split: int(info["num_samples"][split]) for split in SPLITS}
-        offsets = [int(f["offset"]) for f in info["fields"]]
-        source, label = dict(info.get("source") or {}), info["label"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path} is not a dataset description ({error!r}); convert the data again")
+        known = read_dataset_info(str(data_dir))
+        info = read_info(data_dir)
+        if info.get("label", LABEL) != LABEL:
+            raise UserError(f"{data_dir}/dataset_info.json names the label {info['label']}, the trainer reads {LABEL}")
+    except UserError as error:
+        problems.append(str(error))
         return {}
-    for field, offset in zip(fields, offsets):
-        if field["offset"] != offset:
-            problems.append(f"{path} gives field {field['name']} the offset {offset}, expected {field['offset']}, the "
-                            "sum of the table sizes before it")
-    if label != LABEL:
-        problems.append(f"{path} names the label {label}, the trainer reads {LABEL}")
-    return {"fields": fields, "num_samples": samples, "encoding": source.get("encoding")}
+    source = info["source"] if isinstance(info.get("source"), dict) else {}
+    encoding = source.get("encoding")
+    if info.get("format_version") == 2:
+        try:
+            Encoder.load(data_dir)
+        except UserError as error:
+            problems.append(str(error))
+    fields = [{key: field[key] for key in ("name", "table_size", "offset")} for field in info["fields"]]
+    for field, entry in zip(fields, info["fields"]):
+        described = entry.get("encoding")
+        field["columns"] = entry.get("columns") or [entry["name"]]
+        field["oov"] = described.get("oov") if isinstance(described, dict) else oov_id(encoding, entry["table_size"])
+    return {"fields": fields, "num_samples": known["num_samples"], "encoding": encoding}
 
 
 def find_fields(info, splits, table_sizes, problems):
-    """[{name, table_size, offset}] of the fields, from dataset_info.json or the files and --table_size_array."""
+    """[{name, table_size, offset, columns, oov}] of the fields, from dataset_info.json, or the files and
+    --table_size_array."""
     readable = [split for split in splits.values() if split.files]
     if not readable:
         return info.get("fields", [])
-    names = [name for name in readable[0].columns if name != LABEL]
-    unusable = [name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    names = [name for field in info.get("fields", ()) for name in field["columns"]] or columns_of_fields(readable[0])
+    unusable = [name for name in names if not is_readable(name)]
     if unusable:
         problems.append(f"the trainer's reader, petastorm, cannot read the columns {shorten(unusable)}; rename them")
     for split in readable:
-        if set(split.columns) != {LABEL, *names}:
-            different = sorted(set(split.columns) ^ {LABEL, *names})
-            problems.append(f"the {split.name} split does not have {LABEL} and the fields of {readable[0].name}: "
-                            f"{shorten(different)} are only in one of them")
+        lacking = [name for name in [LABEL, *names] if name not in split.columns]
+        if lacking:
+            problems.append(f"the {split.name} split lacks the columns {shorten(lacking)}; it has "
+                            f"{shorten(split.columns)}")
     if info:
-        sizes = [field["table_size"] for field in info["fields"]]
-        if table_sizes and table_sizes != sizes:
+        if table_sizes and table_sizes != [field["table_size"] for field in info["fields"]]:
             problems.append("--table_size_array differs from the table sizes in dataset_info.json; leave it out")
-        if names != [field["name"] for field in info["fields"]]:
-            known = [field["name"] for field in info["fields"]]
-            problems.append(f"dataset_info.json names the fields {shorten(known)}, the files have {shorten(names)}")
         return info["fields"]
     if not table_sizes:
         problems.append("there is no usable dataset_info.json; give --table_size_array, the rows of each field's table")
@@ -167,11 +184,14 @@ def find_fields(info, splits, table_sizes, problems):
     if len(table_sizes) != len(names):
         problems.append(f"--table_size_array has {len(table_sizes)} values, expected {len(names)}: {shorten(names)}")
         return []
-    return make_fields(names, table_sizes)
+    offsets = np.cumsum([0, *table_sizes]).tolist()
+    return [{"name": name, "table_size": size, "offset": offset, "columns": [name], "oov": None}
+            for name, size, offset in zip(names, table_sizes, offsets)]
 
 
 def oov_id(encoding, table_size):
-    """The id within a field that stands for all values outside the vocabulary; None where there is no such id.
+    """The id within a field that stands for all values outside the vocabulary, in datasets that do not say it; None where
+    there is no such id.
 
     FuxiCTR 1.x has 0 for it (fuxictr/preprocess.py), 2.x the last id (fuxictr/preprocess/tokenizer.py).
     """
@@ -202,20 +222,17 @@ def inspect_split(split, info, problems):
             "label_rate": ones / (ones + zeros) if ones + zeros else None}
 
 
-def inspect_field(field, oov, splits, problems):
-    """Statistics of one field as --json shows them; oov: id within the field, or None."""
-    size, offset = field["table_size"], field["offset"]
+def inspect_field(field, splits, problems):
+    """Statistics of one field as --json shows them; the columns of a list are counted together."""
+    size, offset, oov = field["table_size"], field["offset"], field["oov"]
     counts = np.zeros(size, np.int32)  # by id, over train
-    result = {**field, "oov": {}, "new": {}, "outside": 0}
+    result = {"name": field["name"], "table_size": size, "offset": offset, "oov": {}, "new": {}, "outside": 0}
     for split in splits.values():
-        if not pa.types.is_integer(split.columns.get(field["name"], pa.null())):
-            if field["name"] in split.columns:
-                problems.append(f"field {field['name']} of the {split.name} split is of type "
-                                f"{split.columns[field['name']]}, expected integers")
+        if not usable_type(field, split, problems):
             continue
         rows = num_oov = num_new = 0
         low, high = offset, offset + size - 1
-        for ids in split.slices(field["name"]):
+        for ids in (ids for column in field["columns"] for ids in split.slices(column)):
             low, high = min(low, int(ids.min(initial=low))), max(high, int(ids.max(initial=high)))
             local = ids.astype(np.int64) - offset
             inside = local[(local >= 0) & (local < size)]
@@ -237,6 +254,16 @@ def inspect_field(field, oov, splits, problems):
     return result
 
 
+def usable_type(field, split, problems):
+    """Whether the field's columns are there and of a type that the trainer's reader keeps; says so where it does not."""
+    kinds = {split.columns[column] for column in field["columns"] if column in split.columns}
+    wrong = [kind for kind in kinds if not (pa.types.is_signed_integer(kind) or pa.types.is_uint8(kind))]
+    if wrong:
+        problems.append(f"field {field['name']} of the {split.name} split is of type {wrong[0]}, expected signed integers "
+                        "(petastorm drops unsigned ones); convert the data again")
+    return bool(kinds) and not wrong and all(column in split.columns for column in field["columns"])
+
+
 def add_counts(counts, ids):
     if len(counts) <= 8 * len(ids):
         counts += np.bincount(ids, minlength=len(counts)).astype(counts.dtype)
@@ -252,14 +279,13 @@ def inspect(data_dir, table_sizes=None):
     if not data_dir.is_dir():
         problems.append(f"{data_dir} is not a folder; it should hold train/, val/ and test/")
         return result
-    info = read_info(data_dir, problems)
+    info = read_description(data_dir, problems)
     result["encoding"] = info.get("encoding")
     splits = {name: Split(data_dir / name, name, problems) for name in SPLITS}
     fields = find_fields(info, splits, table_sizes, problems)
     result["splits"] = {name: inspect_split(split, info, problems) for name, split in splits.items()}
     for field in tqdm(fields, unit=" fields", leave=False, disable=not sys.stderr.isatty()):
-        oov = oov_id(result["encoding"], field["table_size"])
-        result["fields"].append(inspect_field(field, oov, splits, problems))
+        result["fields"].append(inspect_field(field, splits, problems))
     return result
 
 
@@ -299,16 +325,8 @@ def text_of(result):
     return "\n".join(lines)
 
 
-def int_list(text):
-    """An argparse type: '10,20' -> [10, 20]"""
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of positive integers")
-    return [int(part) for part in parts]
-
-
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = cli.Parser(__doc__)
     parser.add_argument("data_dir", metavar="DATA_DIR", help="folder with train/, val/ and test/ parquet shards")
     parser.add_argument("--table_size_array", type=int_list,
                         help="rows of every field's table, comma-separated; only needed without dataset_info.json")
@@ -316,8 +334,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def show(args):
+    """Print what was found; returns the exit status."""
     result = inspect(args.data_dir, args.table_size_array)
     text = json.dumps(result, indent=1) if args.json else text_of(result)
     if text:
@@ -327,6 +345,11 @@ def main(argv=None):
     if not args.json and not result["problems"]:
         print("nothing wrong")
     return 1 if result["problems"] else 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return cli.run_tool(lambda: show(args))
 
 
 if __name__ == "__main__":

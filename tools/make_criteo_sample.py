@@ -17,13 +17,21 @@ cannot see. Only integers and frequent tokens have an effect, so a few hundred t
 
 Row i depends on --seed and i only: a larger sample starts with the rows of a smaller one.
 """
-import argparse
+
 import json
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.start_script()  # imports take seconds
 
 import numpy as np
-from parquet_common import Parser
+
+from tools.trainer.cli import UserError, number
 
 BLOCK_ROWS = 50_000  # rows per random stream; another value gives other rows
 NUM_FACTORS = 2  # rank of the planted pairwise part
@@ -241,69 +249,73 @@ def generate(num_rows, seed):
         yield formatter.format(labels[:rows], columns), labels[:rows], probs[:rows]
 
 
+def check_replaced(output_dir):
+    """Raise a UserError where train.txt or sample_info.json is not of an earlier sample: only what this tool made goes."""
+    path, info_path = (os.path.join(output_dir, name) for name in ("train.txt", "sample_info.json"))
+    if os.path.lexists(path) or os.path.lexists(info_path):
+        try:
+            with open(info_path, encoding="utf-8") as file:
+                info = json.load(file)
+            ours = isinstance(info, dict) and {"num_rows", "seed", "best_auc"} <= set(info)
+            ours = ours and os.path.isfile(path) and info.get("bytes") == os.path.getsize(path)
+        except (OSError, ValueError, RecursionError):
+            ours = False
+        if not ours:
+            raise UserError(f"{output_dir} has a {'train.txt' if os.path.lexists(path) else 'sample_info.json'} that is not, "
+                            "or not as, this tool has made it; choose another --output_dir, or move it elsewhere")
+
+
 def write_sample(output_dir, num_rows, seed):
     """Write train.txt and sample_info.json; neither exists under its name before it is complete.
 
-    Returns: dict, the content of sample_info.json.
+    Returns: dict, the content of sample_info.json. Raises: UserError where there is a file that this tool has not made.
     """
     os.makedirs(output_dir, exist_ok=True)
+    check_replaced(output_dir)
     path, info_path = os.path.join(output_dir, "train.txt"), os.path.join(output_dir, "sample_info.json")
-    part_path, best = path + ".part", BestMetrics()
-    if os.path.exists(info_path):
-        os.remove(info_path)  # it describes the file that is about to be replaced
-    try:
-        with open(part_path, "wb") as file:
+    part_path, best, size = path + ".part", BestMetrics(), 0
+    if os.path.lexists(part_path):
+        raise UserError(f"{part_path} exists: another run is writing it, or was killed; then remove it")
+    with open(part_path, "xb") as file:
+        try:
             for text, labels, probs in generate(num_rows, seed):
                 file.write(text)
+                size += len(text)
                 best.add(labels, probs)
-        os.replace(part_path, path)
-    finally:
-        if os.path.exists(part_path):
-            os.remove(part_path)
-    info = {"num_rows": num_rows, "seed": seed, **best.result()}
-    with open(info_path + ".part", "w") as file:
+            file.close()
+            if os.path.exists(info_path):
+                os.remove(info_path)  # it describes the file that is about to be replaced
+            os.replace(part_path, path)
+        finally:
+            if os.path.exists(part_path):
+                os.remove(part_path)
+    info = {"num_rows": num_rows, "seed": seed, "bytes": size, **best.result()}
+    with open(info_path + ".part", "w", encoding="utf-8") as file:
         json.dump(info, file, indent=2)
     os.replace(info_path + ".part", info_path)
     return info
 
 
-def integer_from(minimum):
-    """Return an argparse type: a whole number, at least `minimum`."""
-
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-        return value
-
-    return parse
-
-
 def parse_args(argv=None):
-    parser = Parser("Make a synthetic Criteo sample: raw text in the format of Kaggle's train.txt.")
+    parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="directory to write train.txt and sample_info.json to")
-    parser.add_argument("--num_rows", type=integer_from(1), default=250_000, help="number of rows over all splits")
-    parser.add_argument("--seed", type=integer_from(0), default=1, help="seed of the values, the labels and the model")
+    parser.add_argument("--num_rows", type=number(int, 1, 10**12), default=250_000, help="number of rows over all splits")
+    parser.add_argument("--seed", type=number(int, 0, 2**64), default=1, help="seed of the values, labels and model")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    try:
-        info = write_sample(args.output_dir, args.num_rows, args.seed)
-    except OSError as error:
-        sys.exit(f"error: cannot write to --output_dir {args.output_dir} ({error}); check the path and the free space")
-    except KeyboardInterrupt:
-        print("error: interrupted; no sample was written", file=sys.stderr)
-        sys.exit(130)
+def make(args):
+    info = write_sample(args.output_dir, args.num_rows, args.seed)
     best_auc = "undefined (all labels are equal)" if info["best_auc"] is None else f"{info['best_auc']:.6f}"
     print(f"wrote {os.path.join(args.output_dir, 'train.txt')}, {info['num_rows']} rows, seed {info['seed']}, "
           f"{info['positive_rate']:.4f} positive")  # fmt: skip
     print(f"best AUC any model could reach {best_auc}, logloss {info['best_logloss']:.6f}")
 
 
+def main(argv=None):
+    args = parse_args(argv)
+    return cli.run_tool(lambda: make(args), "; no sample was written")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

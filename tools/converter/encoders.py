@@ -699,7 +699,7 @@ def fingerprint(fields):
 
 ADVICE = "convert the data again"
 INFO_SCHEMA = {  # what all versions have
-    "format_version": lambda version: version in (1, 2),
+    "format_version?": lambda version: version in (1, 2),
     "fields": [{"name": str, "table_size": lambda size: count(size) and 0 < size <= LARGEST_TABLE, "offset": count}]}
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import criteo_parquet
+import encode_rows
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from tools.converter import arrow_engine, convert, encoders, spark_engine, vocabulary
 from tools.converter import raw as raw_files
+from tools.converter.info import check_growth, row_map
 from tools.converter.splits import stratified_folds
 
 INTEGERS = [f"I{i}" for i in range(1, 14)]
@@ -282,6 +284,86 @@ def test_seed_changes_the_order_only_and_memory_nothing(nasty, tmp_path, monkeyp
     assert sorted_rows(trains[0]) == sorted_rows(trains[2])
 
 
+# ------------------------------------------------------------------------------------------- days, growth, vocabularies
+
+
+def write_days(folder, days):
+    """{day: frame} as Criteo's 1 TB logs: day_0, day_1.gz, ..."""
+    folder.mkdir()
+    for number, frame in days.items():
+        text = to_text(frame, "\t", header=False)
+        if number % 2:
+            (folder / f"day_{number}.gz").write_bytes(gzip.compress(text))
+        else:
+            (folder / f"day_{number}").write_bytes(text)
+
+
+@pytest.mark.parametrize("options, val, test", [([], [10], [11]), (["--val_days", "3", "--test_days", "0,11"], [3], [0, 11])])
+def test_days_are_splits(tmp_path, options, val, test):
+    days = {number: random_frame(60 + number, number) for number in (0, 1, 2, 3, 10, 11)}  # day_10 comes after day_3
+    write_days(tmp_path / "raw", days)
+    assert run(tmp_path / "raw", tmp_path / "out", "--min_categr_count", 3, *options) == 0
+    members = {"val": val, "test": test, "train": [day for day in days if day not in val + test]}
+    frames = {split: pd.concat([days[day] for day in members[split]], ignore_index=True) for split in NAMES}
+    assert_same_rows(read_local_ids(tmp_path / "out")[0], x4_reference(frames, 3)[0], frames)
+
+
+@pytest.mark.parametrize("days, options, message", [
+    ([0, 1], [], "there are 2 days (day_0, day_1.gz (2)), expected at least 3"),
+    ([0, 1, 2], ["--val_days", "1"], "--val_days and --test_days go together"),
+    ([0, 1, 2], ["--val_days", "7", "--test_days", "2"], "there is no day_7"),
+    ([0, 1, 2], ["--val_days", "2", "--test_days", "2"], "day_2 is both in --val_days and in --test_days"),
+])
+def test_days_that_do_not_fit(tmp_path, capsys, days, options, message):
+    write_days(tmp_path / "raw", {number: random_frame(20, number) for number in days})
+    assert run(tmp_path / "raw", tmp_path / "out", *options) == 1
+    assert message in one_error(capsys)
+
+
+def test_files_that_shadow_each_other(tmp_path, capsys):
+    """Of two data sets, or two files of one name, neither is chosen in silence."""
+    write_inputs(tmp_path / "raw", train_csv=None, valid_csv=None, test_csv=None)
+    text = to_text(random_frame(50, 1), "\t", header=False)
+    for name, content, message in [("train.txt", text, "has both train.csv and train.txt"),
+                                   ("day_0", text, "has both train.csv and day_0"),
+                                   ("valid.csv.gz", gzip.compress(text), "has both valid.csv and valid.csv.gz")]:
+        (tmp_path / "raw" / name).write_bytes(content)
+        assert run(tmp_path / "raw", tmp_path / "out") == 1
+        assert message in one_error(capsys)
+        (tmp_path / "raw" / name).unlink()
+
+
+def test_new_rows_and_growth(nasty, tmp_path, capsys):
+    """Rows encoded later have the ids of the conversion; a grown dataset keeps them."""
+    folder, frames = nasty
+    assert run(folder, tmp_path / "one") == 0
+    made, info = read_local_ids(tmp_path / "one")
+    expected, _ = x4_reference(frames, 10)
+    old = encoders.Encoder.load(tmp_path / "one")
+    local = old.encode(frames["test"]) - np.array(list(old.offsets.values()))
+    assert (local == expected["test"].values).all()
+    (tmp_path / "new.txt").write_bytes(to_text(frames["val"], "\t", header=False))  # and without labels
+    (tmp_path / "bare.txt").write_bytes(b"".join(line.split(b"\t", 1)[1] for line in (
+        to_text(frames["val"], "\t", header=False).splitlines(True))))
+    for name in ("new.txt", "bare.txt"):
+        assert encode_rows.main(["--dataset", str(tmp_path / "one"), "--input", str(tmp_path / name), "--output_dir",
+                                 str(tmp_path / f"ids-{name}")]) == 0
+        ids = pq.read_table(tmp_path / f"ids-{name}").to_pandas()
+        assert ("Label" in ids) == (name == "new.txt")
+        assert (ids[INTEGERS + CATEGORIES].values - np.array(list(old.offsets.values())) == expected["val"].values).all()
+    assert run(folder, tmp_path / "two", "--base", tmp_path / "one") == 0  # every count doubles
+    new = encoders.Encoder.load(tmp_path / "two")
+    check_growth(old.info, new)
+    c1 = new.fields[13].vocabulary
+    assert c1.texts.to_pylist() == ["0000000c", "0000000b", "0000000a"] and c1.counts.tolist() == [22, 20, 18]
+    moved = row_map(old.info, new.info)
+    before, after = old.encode(frames["test"]), new.encode(frames["test"])
+    same = before - np.array(list(old.offsets.values())) != [field.oov for field in old.fields]
+    assert (moved[before] == after)[same].all()
+    assert run(folder, tmp_path / "three", "--base", tmp_path / "one", "--encoding", "hash") == 1
+    assert "field I1 is encoded there as bucket" in one_error(capsys)
+
+
 # ---------------------------------------------------------------------------------------------------------------- spark
 
 
@@ -305,6 +387,34 @@ def test_spark_equals_arrow(nasty, tmp_path):
     assert [info["source"]["options"].pop("engine") for info in infos] == ["arrow", "spark"]
     assert infos[0] == infos[1]
     assert os.listdir(scratch) == []
+
+
+@pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
+def test_spark_on_packed_files_and_bad_lines(tmp_path):
+    """Workers unpack and count; folds are dealt by the labels that they have seen; a bad line is named as it is here."""
+    frame = random_frame(1003, 5)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "train.txt.gz").write_bytes(gzip.compress(to_text(frame, "\t", header=False, last_end=False)))
+    frame.loc[700, "Label"] = "7"
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.txt").write_bytes(to_text(frame, "\t", header=False))
+    assert run(tmp_path / "raw", tmp_path / "arrow", "--min_categr_count", 3) == 0
+    script = """
+import sys, criteo_parquet as t
+from tools.converter import raw
+raw.BLOCK_BYTES = 60_000
+sys.exit(t.main(sys.argv[1:]))
+"""
+    done = {folder: subprocess.run([
+        sys.executable, "-c", script, "--input_dir", folder, "--output_dir", f"spark-{folder}", "--engine", "spark",
+        "--spark_master", "local[2]", "--min_categr_count", "3", "--memory_gb", "1"], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "tools")}) for folder in ("raw", "bad")}
+    assert (done["raw"].returncode, done["raw"].stderr) == (0, "")
+    assert (done["bad"].returncode, done["bad"].stderr) == (
+        1, "error: bad/train.txt, line 701: label '7', expected 0 or 1\n")
+    assert sorted(os.listdir(tmp_path)) == ["arrow", "bad", "raw", "spark-raw"]
+    for split in NAMES:
+        assert pq.read_table(tmp_path / "spark-raw" / split).equals(pq.read_table(tmp_path / "arrow" / split))
 
 
 def test_spark_without_java(nasty, tmp_path, monkeypatch, capsys):

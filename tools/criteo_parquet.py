@@ -164,6 +164,11 @@ def make_fields(args):
             + [Category(name, min_count=args.min_categr_count) for name in CATEGORICAL_FIELDS])
 
 
+def describe_raw(source):
+    """The raw entry of dataset_info.json; new rows may have a header or not."""
+    return {**convert.raw_description(source.parts[0].raw, LABEL), "header": None}
+
+
 def source_info(args, source):
     """The source entry of dataset_info.json: what a user needs in order to make the same dataset again."""
     options = {"engine": args.engine, "seed": args.seed}
@@ -191,7 +196,7 @@ def convert_criteo(args):
     base = growth.load_base(args.base, fields) if args.base else None
     info = convert.make_dataset(
         args, lambda engine: open_source(engine, args, fields), fields, LABEL, {},
-        lambda source: (convert.raw_description(source.parts[0].raw, LABEL), source_info(args, source)), base)
+        lambda source: (describe_raw(source), source_info(args, source)), base)
     if args.encoding == "x4" and info["num_samples"] == X4_ROWS and args.min_categr_count == X4_MIN_COUNT:
         print(compare_with_published([field.table_size for field in fields]))
     return info

@@ -121,8 +121,8 @@ def raw_description(raw, label, carried=None):
 def format_of(info, unlabelled=False):
     """RawFormat of new rows for a dataset, from its dataset_info.json."""
     raw = info["raw"]
-    # rows without header are told from rows with one by the names
-    header = None if raw.get("header") is False else True
+    # rows without header are told from rows with one by the names; where there was none, or either may be, both are right
+    header = None if raw.get("header", True) in (False, None) else True
     return RawFormat(raw["columns"], header, None, raw.get("quotes", True), raw["label"], unlabelled)
 
 

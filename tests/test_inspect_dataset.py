@@ -114,14 +114,14 @@ def set_cell(column, value):
     ("val", lambda frame: frame.assign(Label=1.0), "all labels of the val split are 1; AUC needs both 0 and 1"),
     ("test", lambda frame: frame[5:], "the test split has 92 rows, dataset_info.json says 97"),
     ("val", lambda frame: frame.astype({"f0": float}),
-     "field f0 of the val split is of type double, expected signed integers (petastorm drops unsigned ones); convert the "
-     "data again"),
+     "field f0 of the val split is of type double, expected signed integers (petastorm drops unsigned ones); convert "
+     "the data again"),
     ("test", lambda frame: frame.astype({"f1": "uint16"}),
-     "field f1 of the test split is of type uint16, expected signed integers (petastorm drops unsigned ones); convert the "
-     "data again"),
+     "field f1 of the test split is of type uint16, expected signed integers (petastorm drops unsigned ones); convert "
+     "the data again"),
     ("test", lambda frame: frame.astype({"f1": "uint64"}),
-     "field f1 of the test split is of type uint64, expected signed integers (petastorm drops unsigned ones); convert the "
-     "data again"),
+     "field f1 of the test split is of type uint64, expected signed integers (petastorm drops unsigned ones); convert "
+     "the data again"),
     ("val", lambda frame: frame.assign(f0=frame["f0"].astype("Int32").mask(frame["f1"] == 7)),
      "column f0 of the val split lacks 35 values; convert it again"),
     ("val", lambda frame: frame.drop(columns="f2"), "the val split lacks the columns f2 (1); it has Label, f0, f1 (3)"),
@@ -147,7 +147,8 @@ def test_rows_outside_are_counted(dataset_dir, capsys):
     (lambda info: info["num_samples"].update(val=100), "the val split has 101 rows, dataset_info.json says 100"),
     (lambda info: info["fields"][0].update(table_size=0), "dataset_info.json cannot be used (fields"),
     (lambda info: info["fields"][0].update(table_size=2**70), "dataset_info.json cannot be used (fields"),
-    (lambda info: info["fields"][0].update(name="g"), "the train split lacks the columns g (1); it has Label, f0, f1, f2"),
+    (lambda info: info["fields"][0].update(name="g"), "the train split lacks the columns g (1); it has Label, f0, f1, "
+                                                      "f2"),
     (lambda info: info.update(label="click"), "names the label click, the trainer reads Label"),
     (lambda info: info.pop("num_samples"), "dataset_info.json cannot be used (it lacks num_samples)"),
 ])

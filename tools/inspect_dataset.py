@@ -259,8 +259,8 @@ def usable_type(field, split, problems):
     kinds = {split.columns[column] for column in field["columns"] if column in split.columns}
     wrong = [kind for kind in kinds if not (pa.types.is_signed_integer(kind) or pa.types.is_uint8(kind))]
     if wrong:
-        problems.append(f"field {field['name']} of the {split.name} split is of type {wrong[0]}, expected signed integers "
-                        "(petastorm drops unsigned ones); convert the data again")
+        problems.append(f"field {field['name']} of the {split.name} split is of type {wrong[0]}, expected signed "
+                        f"integers (petastorm drops unsigned ones); convert the data again")
     return bool(kinds) and not wrong and all(column in split.columns for column in field["columns"])
 
 

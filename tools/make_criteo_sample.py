@@ -261,8 +261,9 @@ def check_replaced(output_dir):
         except (OSError, ValueError, RecursionError):
             ours = False
         if not ours:
-            raise UserError(f"{output_dir} has a {'train.txt' if os.path.lexists(path) else 'sample_info.json'} that is not, "
-                            "or not as, this tool has made it; choose another --output_dir, or move it elsewhere")
+            raise UserError(f"{output_dir} has a {'train.txt' if os.path.lexists(path) else 'sample_info.json'} that "
+                            f"is not, or not as, this tool has made it; choose another --output_dir, or move it "
+                            f"elsewhere")
 
 
 def write_sample(output_dir, num_rows, seed):
@@ -299,7 +300,8 @@ def write_sample(output_dir, num_rows, seed):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="directory to write train.txt and sample_info.json to")
-    parser.add_argument("--num_rows", type=number(int, 1, 10**12), default=250_000, help="number of rows over all splits")
+    parser.add_argument("--num_rows", type=number(int, 1, 10**12), default=250_000, help="number of rows over all "
+                                                                                         "splits")
     parser.add_argument("--seed", type=number(int, 0, 2**64), default=1, help="seed of the values, labels and model")
     return parser.parse_args(argv)
 

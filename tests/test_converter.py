@@ -154,7 +154,8 @@ def test_carried_columns_travel_with_their_rows(tmp_path):
 
 
 def test_rows_are_packed_and_unpacked():
-    columns = [np.arange(5, dtype=np.int32), np.arange(5, dtype=np.uint64) << np.uint64(40), -np.arange(5, dtype=np.int32)]
+    small = np.arange(5, dtype=np.int32)
+    columns = [small, np.arange(5, dtype=np.uint64) << np.uint64(40), -small]
     layout = RowLayout([column.dtype for column in columns])
     rows = layout.pack([0, 1, 1, 0, 1], columns)
     assert rows.dtype.itemsize == 1 + 4 + 8 + 4
@@ -242,8 +243,8 @@ def test_two_runs_to_one_output(tmp_path):
 
 def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path, capsys):
     output, scratch = tmp_path / "data", tmp_path / "scratch"
-    for name in (".data.partial-dead", ".data.partial-mine", "scratch/parquet-scratch-dead", "scratch/parquet-scratch-alive",
-                 "scratch/parquet-scratch-mine"):
+    for name in (".data.partial-dead", ".data.partial-mine", "scratch/parquet-scratch-dead",
+                 "scratch/parquet-scratch-alive", "scratch/parquet-scratch-mine"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_text("")
         if not name.endswith("mine"):

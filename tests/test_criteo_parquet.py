@@ -298,7 +298,8 @@ def write_days(folder, days):
             (folder / f"day_{number}").write_bytes(text)
 
 
-@pytest.mark.parametrize("options, val, test", [([], [10], [11]), (["--val_days", "3", "--test_days", "0,11"], [3], [0, 11])])
+@pytest.mark.parametrize("options, val, test", [
+    ([], [10], [11]), (["--val_days", "3", "--test_days", "0,11"], [3], [0, 11])])
 def test_days_are_splits(tmp_path, options, val, test):
     days = {number: random_frame(60 + number, number) for number in (0, 1, 2, 3, 10, 11)}  # day_10 comes after day_3
     write_days(tmp_path / "raw", days)
@@ -350,7 +351,8 @@ def test_new_rows_and_growth(nasty, tmp_path, capsys):
                                  str(tmp_path / f"ids-{name}")]) == 0
         ids = pq.read_table(tmp_path / f"ids-{name}").to_pandas()
         assert ("Label" in ids) == (name == "new.txt")
-        assert (ids[INTEGERS + CATEGORIES].values - np.array(list(old.offsets.values())) == expected["val"].values).all()
+        local = ids[INTEGERS + CATEGORIES].values - np.array(list(old.offsets.values()))
+        assert (local == expected["val"].values).all()
     assert run(folder, tmp_path / "two", "--base", tmp_path / "one") == 0  # every count doubles
     new = encoders.Encoder.load(tmp_path / "two")
     check_growth(old.info, new)
@@ -369,7 +371,8 @@ def test_new_rows_and_growth(nasty, tmp_path, capsys):
 
 @pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
 def test_spark_equals_arrow(nasty, tmp_path):
-    script = ("import sys, criteo_parquet as t; from tools.converter import raw; raw.BLOCK_BYTES = 60_000\n"  # several blocks
+    script = ("import sys, criteo_parquet as t; from tools.converter import raw\n"
+              "raw.BLOCK_BYTES = 60_000\n"  # several blocks
               "sys.exit(t.main(sys.argv[1:]))")
     scratch = tmp_path / "scratch"
     assert run(nasty[0], tmp_path / "arrow") == 0
@@ -391,7 +394,7 @@ def test_spark_equals_arrow(nasty, tmp_path):
 
 @pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
 def test_spark_on_packed_files_and_bad_lines(tmp_path):
-    """Workers unpack and count; folds are dealt by the labels that they have seen; a bad line is named as it is here."""
+    """Workers unpack and count; folds are dealt by the labels that they have seen; a bad line is named as on arrow."""
     frame = random_frame(1003, 5)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "train.txt.gz").write_bytes(gzip.compress(to_text(frame, "\t", header=False, last_end=False)))
@@ -624,8 +627,8 @@ def test_killed_while_writing(nasty, tmp_path, number, code):
         "sys.exit(tool.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "out"], env={**os.environ,
+        "PYTHONPATH": str(ROOT / "tools")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     while "writing now" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(number)

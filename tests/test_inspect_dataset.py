@@ -217,9 +217,10 @@ def test_lists_and_vocabularies(tmp_path, capsys):
     """A dataset of the converter: the columns of a list are one field, and a swapped vocabulary is found."""
     rng = np.random.default_rng(0)
     tags = ["|".join(rng.choice(list("abcdef"), size)) for size in rng.integers(0, 4, 2000)]
-    pd.DataFrame({"tags": tags, "u": rng.integers(0, 90, 2000), "y": rng.integers(0, 2, 2000)}).to_csv(tmp_path / "t.csv", index=False)
-    assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "d"), "--label", "y",
-                                  "--categorical", "u", "--list", "tags", "--min_count", "30"]) == 0
+    frame = pd.DataFrame({"tags": tags, "u": rng.integers(0, 90, 2000), "y": rng.integers(0, 2, 2000)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "d"),
+                                  "--label", "y", "--categorical", "u", "--list", "tags", "--min_count", "30"]) == 0
     capsys.readouterr()
     status, out, errors = run(capsys, tmp_path / "d", "--json")
     assert (status, errors) == (0, [])

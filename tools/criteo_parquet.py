@@ -7,8 +7,9 @@
 
     train.txt                         Kaggle's (tab-separated, no header), which is split 80/10/10 here
     train.csv, valid.csv, test.csv    Criteo_x4 (comma, header)
-    day_0 ... day_23                  Criteo's 1 TB logs (tab-separated, no header): the last day is test, the one before
-                                      it val, the others train (--val_days, --test_days), in the order of the days
+    day_0 ... day_23                  Criteo's 1 TB logs (tab-separated, no header): the last day is test, the one
+                                      before it val, the others train (--val_days, --test_days), in the order of the
+                                      days
 
 Expected output for the sample of 5,000 rows that
 `python tools/make_criteo_sample.py --output_dir data/raw --num_rows 5000` makes:
@@ -28,9 +29,9 @@ Encodings (--encoding):
           value is 0. No vocabulary, --mod_idx rows per table.
 
 The dataset says how its values were encoded (dataset_info.json, vocabulary/), so that tools/encode_rows.py encodes new
-rows alike. --base OLD grows a dataset: every token keeps its id, tokens that have now been seen often enough over all days
-are appended, all others go to out-of-vocabulary, which is always the last id. Counts of rarer tokens are kept for that in
-vocabulary/FIELD.rare.parquet (the 1,048,576 most frequent of each field).
+rows alike. --base OLD grows a dataset: every token keeps its id, tokens that have now been seen often enough over all
+days are appended, all others go to out-of-vocabulary, which is always the last id. Counts of rarer tokens are kept for
+that in vocabulary/FIELD.rare.parquet (the 1,048,576 most frequent of each field).
 
 Engines (--engine): `arrow` works on one machine in bounded memory; `spark` gives the same dataset, row by row, from as
 many machines as --spark_master has. Both folders and the scratch folder must be visible on all of them.
@@ -77,7 +78,8 @@ def find_inputs(args):
     folder = Path(args.input_dir)
     if not folder.is_dir():
         raise UserError(f"--input_dir {folder} is not a folder")
-    found = {kind: {name: find(folder, name + kind) for name in ("train", "valid", "test")} for kind in (".csv", ".txt")}
+    names = ("train", "valid", "test")
+    found = {kind: {name: find(folder, name + kind) for name in names} for kind in (".csv", ".txt")}
     days = find_days(folder)
     kinds = [*(f"train{kind}" for kind in found if found[kind]["train"]), *([days[0].name] if days else [])]
     if len(kinds) > 1:

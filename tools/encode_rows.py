@@ -11,8 +11,8 @@
 Rows look as those that the dataset was made from: the same column names (in any order, among any others), or the same
 columns in the same order where files have no header. They may be text (also .gz and .zst) or parquet, with the label or
 without. Values that the vocabulary does not have get the out-of-vocabulary id; how many there are is said per field.
-Rows keep their order. OUT holds part-00000.parquet ... and _dataset_info.json, which says with which encoder they were made (a name with _, so
-that pandas and Spark read the folder as one table).
+Rows keep their order. OUT holds part-00000.parquet ... and _dataset_info.json, which says with which encoder they were
+made (a name with _, so that pandas and Spark read the folder as one table).
 """
 
 import sys
@@ -58,8 +58,9 @@ def encode_rows(args):
         num_samples, digests = engine.encode(job, unknown)
         made = {"tool": "tools/encode_rows.py", "options": {"dataset": args.dataset, "engine": args.engine}}
         counts = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
-        info.write_rows_info(folder, info.rows_info(encoder.info, num_samples, digests, LABEL if labelled else None, carried,
-                                                    made, counts))
+        label = LABEL if labelled else None
+        content = info.rows_info(encoder.info, num_samples, digests, label, carried, made, counts)
+        info.write_rows_info(folder, content)
     values = source.num_rows * np.array([len(field.columns) for field in encoder.fields])
     shown = [f"{field.name} {count}" + (f" ({100 * count / total:.2f} %)" if count else "")
              for field, count, total in zip(encoder.fields, unknown, values)]

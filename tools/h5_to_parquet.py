@@ -24,8 +24,8 @@ Files are read in slices, so memory does not grow with their size. Spark is not 
 
 FuxiCTR 2.x writes its vocabulary beside the data (feature_vocab.json): it is taken over into vocabulary/, so that
 tools/encode_rows.py can encode new rows. Their values must look as FuxiCTR's `preprocess` functions left them; for its
-convert_to_bucket (the integers of Criteo_x4) name the columns, --buckets I1,I2,..., and raw integers are right. FuxiCTR 1.x
-has a pickle only, which is not opened; only its digest is kept.
+convert_to_bucket (the integers of Criteo_x4) name the columns, --buckets I1,I2,..., and raw integers are right. FuxiCTR
+1.x has a pickle only, which is not opened; only its digest is kept.
 
     python tools/h5_to_parquet.py --like data/criteo_x4 --input_dir new_rows --output_dir new_ids
 
@@ -216,7 +216,8 @@ def refuse_strangers(paths, known):
 
 
 def check_part_numbers(paths):
-    """A hole in FuxiCTR's numbering (part_0, part_1, ...) means that rows are missing, a number twice that they are double."""
+    """A hole in FuxiCTR's numbering (part_0, part_1, ...) means that rows are missing, a number twice that they are
+    double."""
     numbers = [int(re.search(r"part_(\d+)\.", os.path.basename(path)).group(1)) for path in paths if "part_" in path
                and re.search(r"part_(\d+)\.", os.path.basename(path))]
     if len(numbers) < len(paths):
@@ -439,7 +440,8 @@ def read_vocab(path):
 
 
 def saved_digest(folder):
-    """Digest of what FuxiCTR saved of its encoder, which is not opened where it is a pickle; None where there is nothing."""
+    """Digest of what FuxiCTR saved of its encoder, which is not opened where it is a pickle; None where there is
+    nothing."""
     for name in SAVED:
         if (folder / name).is_file():
             with open(folder / name, "rb") as file:
@@ -451,7 +453,7 @@ def saved_digest(folder):
 
 
 def own_field(name, column, size, tokens, bucketed):
-    """Category or Bucket with FuxiCTR's tokens; None unless their ids are 1, 2, ... and the last is out-of-vocabulary."""
+    """Category or Bucket with FuxiCTR's tokens; None unless their ids are 1, 2, ..., out-of-vocabulary."""
     if tokens is None:
         return None
     words = sorted((number, token) for token, number in tokens.items() if token not in ("__PAD__", "__OOV__"))
@@ -466,8 +468,8 @@ def own_field(name, column, size, tokens, bucketed):
         texts = pa.array(texts, pa.string())
         field.vocabulary = Vocabulary(keys_of_texts(texts, field.dtype), texts, np.zeros(len(texts), np.int64))
     except (ValueError, OverflowError, UnicodeEncodeError):
-        raise UserError(f"feature {column}: its tokens in {SAVED[0]} are no "
-                        f"{'whole numbers; leave it out of --buckets' if bucketed else 'text in UTF-8; ' + AGAIN}") from None
+        wrong = "whole numbers; leave it out of --buckets" if bucketed else f"text in UTF-8; {AGAIN}"
+        raise UserError(f"feature {column}: its tokens in {SAVED[0]} are no {wrong}") from None
     return field
 
 
@@ -603,7 +605,8 @@ def convert_like(args):
     # the dataset's order of fields, which need not be that of the file
     names = [field.raw_column for field in encoder.fields]
     feature_map = feature_map._replace(fields=names, vocab_sizes=[field.table_size for field in encoder.fields])
-    with publish.published_folder(args.output_dir, [Path(feature_map.path).parent, args.like], args.overwrite) as folder:
+    inputs = [Path(feature_map.path).parent, args.like]
+    with publish.published_folder(args.output_dir, inputs, args.overwrite) as folder:
         rows, digest = convert_split(split, parts, feature_map, encoder, folder, None, args)
         content = info.rows_info(encoder.info, {"rows": rows}, {"rows": digest}, LABEL, {},
                                  {"tool": "tools/h5_to_parquet.py", "options": {"like": args.like}})

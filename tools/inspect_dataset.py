@@ -25,10 +25,10 @@ Columns: `seen` counts the distinct ids of the train split, `top id` is the shar
 `new` the share of rows with an id that no train row has (its table row is never trained), `outside` counts the rows of
 all splits with an id outside the field's table. Shares are in per cent.
 
-One column is read at a time in slices; memory grows with the largest table only (4 bytes per row of it). Columns that are
-no fields, by dataset_info.json, are left alone. Where the dataset has vocabularies, they are compared with their
-fingerprints. Exit status:
-0 when the trainer can use the dataset, 1 when something is wrong (one line for each thing), 2 for wrong arguments.
+One column is read at a time in slices; memory grows with the largest table only (4 bytes per row of it). Columns that
+are no fields, by dataset_info.json, are left alone. Where the dataset has vocabularies, they are compared with their
+fingerprints. Exit status: 0 when the trainer can use the dataset, 1 when something is wrong (one line for each thing),
+2 for wrong arguments.
 """
 
 import json
@@ -190,8 +190,8 @@ def find_fields(info, splits, table_sizes, problems):
 
 
 def oov_id(encoding, table_size):
-    """The id within a field that stands for all values outside the vocabulary, in datasets that do not say it; None where
-    there is no such id.
+    """The id within a field that stands for all values outside the vocabulary, in datasets that do not say it; None
+    where there is no such id.
 
     FuxiCTR 1.x has 0 for it (fuxictr/preprocess.py), 2.x the last id (fuxictr/preprocess/tokenizer.py).
     """
@@ -255,7 +255,7 @@ def inspect_field(field, splits, problems):
 
 
 def usable_type(field, split, problems):
-    """Whether the field's columns are there and of a type that the trainer's reader keeps; says so where it does not."""
+    """Whether the field's columns are there and of a type that the trainer's reader keeps; says where it does not."""
     kinds = {split.columns[column] for column in field["columns"] if column in split.columns}
     wrong = [kind for kind in kinds if not (pa.types.is_signed_integer(kind) or pa.types.is_uint8(kind))]
     if wrong:

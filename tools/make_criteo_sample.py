@@ -250,7 +250,7 @@ def generate(num_rows, seed):
 
 
 def check_replaced(output_dir):
-    """Raise a UserError where train.txt or sample_info.json is not of an earlier sample: only what this tool made goes."""
+    """Raise a UserError where train.txt or sample_info.json is not of an earlier sample: only what we made goes."""
     path, info_path = (os.path.join(output_dir, name) for name in ("train.txt", "sample_info.json"))
     if os.path.lexists(path) or os.path.lexists(info_path):
         try:

@@ -5,18 +5,19 @@
     python tools/table_to_parquet.py --input clicks.csv --output_dir data/clicks --label clicked \\
         --categorical user_id,item_id,device --numeric price --drop ts
 
-The first looks at the rows, says what it saw in each column, proposes the second, and changes nothing. The second prints
+The first looks at the rows, says what it saw in each column, proposes the second, and changes nothing. The second
+prints
 
     counting clicks.csv: 50000 rows, ... rows/s, ... s
     reading clicks.csv: 50000 rows, ... rows/s, ... s
     writing: 50000 rows, ... rows/s, ... s
     wrote data/clicks: 40053 train, 4958 val, 4989 test rows, 4 fields, ... ids
 
-Inputs: files or folders; text may be .gz or .zst, with a header (or --columns), cells may be quoted. Every column is named
-by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop.
+Inputs: files or folders; text may be .gz or .zst, with a header (or --columns), cells may be quoted. Every column is
+named by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop.
 
-    --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count times,
-                    unknown and missing ones share the out-of-vocabulary id, which is the last one.
+    --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count
+                    times, unknown and missing ones share the out-of-vocabulary id, which is the last one.
     --hash          a text; its id is a hash of it, in a table of a size of its own: for unbounded vocabularies.
     --numeric       a number; its id is that of a bucket: floor(ln(v)^2) if v > 2, else v, of its whole part v, with a
                     vocabulary as above. With --numeric_bins, of one of so many bins that hold about equally many train
@@ -25,16 +26,17 @@ by one option: --label (0 and 1), a kind, --keep (carried through the shards, no
                     --list_length of them become columns that share one table; absent ones are padding (id 0).
 
 How the rows fall into splits: by inputs (--input is train; --val_input, --test_input), by chance (--val_share,
---test_share, --seed), by time (--split_by, --val_from, --test_from) or by group (--split_by_group user_id: all rows of a
-user are in one split).
+--test_share, --seed), by time (--split_by, --val_from, --test_from) or by group (--split_by_group user_id: all rows of
+a user are in one split).
 
 dataset_info.json and vocabulary/ describe the encoding, so that tools/encode_rows.py encodes new rows alike.
 
     python tools/table_to_parquet.py --base data/day1 --input day2.csv --output_dir data/day2
 
-grows a dataset: label, fields and format are those of --base, every token keeps its id, and tokens that have now been seen
-often enough over all days are appended. The counts of rarer ones are kept for that in vocabulary/FIELD.rare.parquet (the
-1,048,576 most frequent of each field). Out-of-vocabulary stays the last id. Bins keep their borders.
+grows a dataset: label, fields and format are those of --base, every token keeps its id, and tokens that have now been
+seen often enough over all days are appended. The counts of rarer ones are kept for that in
+vocabulary/FIELD.rare.parquet (the 1,048,576 most frequent of each field). Out-of-vocabulary stays the last id. Bins
+keep their borders.
 """
 
 import argparse

@@ -90,7 +90,8 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
     output folder is locked. describe: function of a Source that returns (raw, source) for dataset_info.json.
     """
     with publish.published_folder(args.output_dir, inputs_of(args), args.overwrite) as folder, \
-            publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, ENGINES[args.engine](args, scratch) as engine:
+            publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, \
+            ENGINES[args.engine](args, scratch) as engine:
         source, rule = open_source(engine)
         maker = RowMaker(fields, label, carried, rule, counting=any(field.counted for field in fields))
         num_rows, digests = engine.convert(Job(source, maker, folder, scratch, args, base))
@@ -106,7 +107,8 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
 
 def inputs_of(args):
     """Paths that the options name as inputs."""
-    values = [getattr(args, name, None) for name in ("input_dir", "input", "val_input", "test_input", "base", "dataset")]
+    names = ("input_dir", "input", "val_input", "test_input", "base", "dataset")
+    values = [getattr(args, name, None) for name in names]
     return [path for value in values if value for path in (value if isinstance(value, list) else [value])]
 
 
@@ -121,7 +123,8 @@ def raw_description(raw, label, carried=None):
 def format_of(info, unlabelled=False):
     """RawFormat of new rows for a dataset, from its dataset_info.json."""
     raw = info["raw"]
-    # rows without header are told from rows with one by the names; where there was none, or either may be, both are right
+    # rows without header are told from rows with one by the names; where there was none, or either may be, both
+    # are right
     header = None if raw.get("header", True) in (False, None) else True
     return RawFormat(raw["columns"], header, None, raw.get("quotes", True), raw["label"], unlabelled)
 
@@ -134,7 +137,7 @@ def positive_int(text):
 
 
 def add_common_options(parser, engines=True, dataset=True):
-    """The options that all converters have. engines: there is a choice of them; dataset: a dataset is made, not rows."""
+    """The options that all converters have. engines: there is a choice of them; dataset: not only rows are made."""
     parser.add_argument("--output_dir", required=True, help="folder to be made")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace what an earlier run has made there; any other folder is refused")

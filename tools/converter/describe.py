@@ -22,8 +22,8 @@ TIME_TEXT = re.compile(r"\d{4}-\d\d-\d\d.*")
 LIST_SEPARATORS = "|;^, "
 
 Column = namedtuple("Column", "name looks distinct missing examples kind note")
-Column.__doc__ = """What was seen: distinct values and share of missing ones among the rows looked at, examples; kind: option
-that it is proposed for; note: why, or what else the option needs."""
+Column.__doc__ = """What was seen: distinct values and share of missing ones among the rows looked at, examples; kind:
+option that it is proposed for; note: why, or what else the option needs."""
 
 
 def look(raw):

@@ -7,9 +7,10 @@ Ids within a field, the same rule for all kinds but modulus:
     then            tokens of the vocabulary by falling count, or bins, or hash values
     last            out of vocabulary, where there is a vocabulary: all other values
 
-A field that grows keeps every id and appends tokens, so out-of-vocabulary moves to the new last id. Each kind is a class
-below: `tokens` turns a raw column into tokens, `local_ids` tokens into ids, `fit` makes the vocabulary or the borders,
-`encoding` describes it all for dataset_info.json, and `identity` is the part of it that the fingerprint covers.
+A field that grows keeps every id and appends tokens, so out-of-vocabulary moves to the new last id. Each kind is a
+class below: `tokens` turns a raw column into tokens, `local_ids` tokens into ids, `fit` makes the vocabulary or the
+borders, `encoding` describes it all for dataset_info.json, and `identity` is the part of it that the fingerprint
+covers.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Output folders: made hidden, named when whole; locked against a second run; only what carries our mark is replaced.
 
 While a run works, `.NAME.lock` lies beside the output and is locked (flock), and its files are in a hidden folder
-`.NAME.partial-*` that holds a locked file `deepfm_scratch`. What a killed run has left can be told by the lock that nobody
-holds, and is removed by the next run; a folder without that file is not ours and stays.
+`.NAME.partial-*` that holds a locked file `deepfm_scratch`. What a killed run has left can be told by the lock that
+nobody holds, and is removed by the next run; a folder without that file is not ours and stays.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Raw files: finding them, cutting them into blocks of whole rows, and reading a block as a table.
 
-Two kinds: text (comma, tab or another separator; plain, gzip or zstd) and parquet. Which one a file is, its compression,
-separator and header are found by looking into it. Paths are never patterns.
+Two kinds: text (comma, tab or another separator; plain, gzip or zstd) and parquet. Which one a file is, its
+compression, separator and header are found by looking into it. Paths are never patterns.
 """
 
 import csv
@@ -31,8 +31,8 @@ MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe",
 BOM = b"\xef\xbb\xbf"
 
 Block = namedtuple("Block", "place rows data")
-Block.__doc__ = """Some rows of a raw file. place: number of the first line (text) or row (parquet), for messages and for
-finding it again; rows: how many; data: bytes of text, or a RecordBatch."""
+Block.__doc__ = """Some rows of a raw file. place: number of the first line (text) or row (parquet), for messages and
+for finding it again; rows: how many; data: bytes of text, or a RecordBatch."""
 
 RawFormat = namedtuple("RawFormat", "columns header separator quotes label unlabelled",
                        defaults=(None, None, None, True, None, False))
@@ -49,7 +49,8 @@ label: name of the label column, or None; unlabelled: whether a file without hea
 
 def natural_key(path):
     """Sorts part_10 after part_9."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", os.path.basename(path))]
+    pieces = re.split(r"(\d+)", os.path.basename(path))
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
 def list_files(path):
@@ -178,7 +179,8 @@ class RawText:
         except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
             if not self.packed or isinstance(error, OSError) and error.errno:  # the disk's errors are not the file's
                 raise
-            raise UserError(f"{self.path} is not a whole {self.packed} file ({first_line(error)}); get it again") from None
+            raise UserError(f"{self.path} is not a whole {self.packed} file ({first_line(error)}); "
+                            "get it again") from None
 
     def pieces(self, size):
         """Yield (offset, bytes) of whole lines, about `size` bytes each; sets share_read as it goes."""

@@ -15,8 +15,8 @@ SAMPLE_ROWS = 1 << 18  # rows of which quantiles are taken
 SAMPLE_SEED = 7  # any number; not the user's, so that borders do not depend on the order of the train rows
 
 Rows = namedtuple("Rows", "rows splits carried counted")
-Rows.__doc__ = """A parsed block. rows (n): see RowLayout; splits: int8 (n), or one number for all; carried: Table (n) or
-None; counted: per counted field (tokens, counts, texts) of its train rows, or None."""
+Rows.__doc__ = """A parsed block. rows (n): see RowLayout; splits: int8 (n), or one number for all; carried: Table (n)
+or None; counted: per counted field (tokens, counts, texts) of its train rows, or None."""
 
 
 class RowMaker:
@@ -115,7 +115,8 @@ class RowMaker:
         """Which rows are looked at for quantiles; it depends on the rows' numbers only."""
         if self.num_rows <= SAMPLE_ROWS:
             return np.ones(count, bool)
-        return shares_of(shuffle_keys(np.arange(first_row, first_row + count), SAMPLE_SEED)) < SAMPLE_ROWS / self.num_rows
+        keys = shuffle_keys(np.arange(first_row, first_row + count), SAMPLE_SEED)
+        return shares_of(keys) < SAMPLE_ROWS / self.num_rows
 
     def carried_of(self, table):
         if not self.carried:

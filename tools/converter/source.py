@@ -9,8 +9,8 @@ from tools.converter.progress import Progress
 from tools.trainer.cli import UserError
 
 Part = namedtuple("Part", "raw split first_row rows blocks")
-Part.__doc__ = """One file. raw: RawText or RawParquet; split: index into SPLITS, or None; first_row: number of its first row
-over all inputs; rows: how many it has; blocks: what the engine found them to be in (Spark), or None."""
+Part.__doc__ = """One file. raw: RawText or RawParquet; split: index into SPLITS, or None; first_row: number of its
+first row over all inputs; rows: how many it has; blocks: what the engine found them to be in (Spark), or None."""
 
 
 class Source:

@@ -1,8 +1,9 @@
 """Many machines: Spark deals blocks of rows to its workers, adds up the counts and sorts the rows.
 
-Blocks are read, encoded and written by the functions that the arrow engine uses, so that both give the same rows. The driver
-sees how many rows each block has, the tokens of the vocabularies, and (where a rule deals rows by label) one byte per row;
-workers do the rest: they also count the lines, and unpack .gz and .zst files, one worker a file, into the scratch folder.
+Blocks are read, encoded and written by the functions that the arrow engine uses, so that both give the same rows. The
+driver sees how many rows each block has, the tokens of the vocabularies, and (where a rule deals rows by label) one
+byte per row; workers do the rest: they also count the lines, and unpack .gz and .zst files, one worker a file, into the
+scratch folder.
 """
 
 import contextlib
@@ -43,13 +44,15 @@ rootLogger.appenderRef.none.ref = none
 logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
 logger.gateway.level = off
 """
-CARRIED_TYPES = {"string": "string", "large_string": "string", "bool": "boolean", "int8": "tinyint", "int16": "smallint",
-                 "int32": "int", "int64": "bigint", "float": "float", "double": "double", "date32[day]": "date"}
+CARRIED_TYPES = {"string": "string", "large_string": "string", "bool": "boolean", "int8": "tinyint",
+                 "int16": "smallint", "int32": "int", "int64": "bigint", "float": "float", "double": "double",
+                 "date32[day]": "date"}
 COUNTS = "field int, token long, ord long, count long, text string"
 
 Place = namedtuple("Place", "part number rows first_row begin size firsts")
-Place.__doc__ = """Where a worker finds a block. part: index into the source's parts; number: of the first line, or of the row
-group; first_row: over all inputs; begin, size: bytes in the unpacked file; firsts: rows of each split before it."""
+Place.__doc__ = """Where a worker finds a block. part: index into the source's parts; number: of the first line, or of
+the row group; first_row: over all inputs; begin, size: bytes in the unpacked file; firsts: rows of each split before
+it."""
 
 
 def is_master(text):
@@ -138,7 +141,8 @@ class SparkEngine:
     def _map(self, tasks, work, shared):
         """[work(task, value of a broadcast)] for a list of tasks."""
         context = self.spark.sparkContext
-        return context.parallelize(tasks, min(len(tasks), MAX_TASKS)).map(lambda task: work(task, shared.value)).collect()
+        tasks = context.parallelize(tasks, min(len(tasks), MAX_TASKS))
+        return tasks.map(lambda task: work(task, shared.value)).collect()
 
     def _broadcast(self, value):
         return self.spark.sparkContext.broadcast(value)
@@ -172,7 +176,8 @@ class SparkEngine:
             return [np.bincount(rule.all[place.first_row : place.first_row + place.rows], minlength=len(SPLITS))
                     for place in places]
         with self._progress("splitting", job.source.num_rows):
-            return [counts + none for counts in self._map(places, split_place, self._broadcast((parts_of(job), job.maker)))]
+            found = self._map(places, split_place, self._broadcast((parts_of(job), job.maker)))
+            return [counts + none for counts in found]
 
     def _counts(self, job, places):
         """Yield per counted field (tokens, counts, texts), as TokenCounter.results does."""
@@ -185,7 +190,8 @@ class SparkEngine:
         counted = blocks.mapInArrow(count_places(shared), COUNTS)
         if job.base is not None:
             counted = counted.unionByName(self._base_counts(fields))
-        counted = counted.groupBy("field", "token", "ord").agg(F.sum("count").alias("count"), F.max("text").alias("text"))
+        counted = counted.groupBy("field", "token", "ord")
+        counted = counted.agg(F.sum("count").alias("count"), F.max("text").alias("text"))
         with self._progress("counting tokens", job.source.num_rows):
             thresholds = F.array(*[F.lit(field.min_count) for field in fields])
             counted = counted.withColumn("frequent", F.col("count") >= thresholds[F.col("field")])

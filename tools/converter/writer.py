@@ -60,7 +60,8 @@ class SplitWriter:
         self.folder, self.columns, self.dtype, self.labelled = Path(folder), columns, dtype, labelled
         self.folder.mkdir(parents=True, exist_ok=True)
         ids = pa.from_numpy_dtype(dtype)
-        self.schema = pa.schema([pa.field(LABEL, pa.float32())] * labelled + [pa.field(name, ids) for name, _ in columns])
+        label = [pa.field(LABEL, pa.float32())] * labelled
+        self.schema = pa.schema(label + [pa.field(name, ids) for name, _ in columns])
         self.carried = carried
         if carried is not None:
             self.schema = pa.schema([*self.schema, *carried])

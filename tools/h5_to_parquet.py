@@ -33,15 +33,9 @@ converts one split that FuxiCTR encoded later with the same vocabulary (--split 
 shards with the ids of the dataset data/criteo_x4.
 """
 
-import hashlib
 import os
 import re
-import struct
 import sys
-import zipfile
-import zlib
-from collections import namedtuple
-from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
@@ -49,6 +43,13 @@ from tools.trainer import cli
 
 if __name__ == "__main__":
     cli.start_script()  # imports take seconds
+
+import hashlib
+import struct
+import zipfile
+import zlib
+from collections import namedtuple
+from contextlib import ExitStack
 
 import h5py
 import numpy as np

@@ -31,7 +31,6 @@ fingerprints. Exit status: 0 when the trainer can use the dataset, 1 when someth
 2 for wrong arguments.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -40,6 +39,8 @@ from tools.trainer import cli
 
 if __name__ == "__main__":
     cli.start_script()  # imports take seconds
+
+import json
 
 import numpy as np
 import pyarrow as pa

@@ -18,7 +18,6 @@ cannot see. Only integers and frequent tokens have an effect, so a few hundred t
 Row i depends on --seed and i only: a larger sample starts with the rows of a smaller one.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,6 +27,8 @@ from tools.trainer import cli
 
 if __name__ == "__main__":
     cli.start_script()  # imports take seconds
+
+import json
 
 import numpy as np
 

@@ -40,6 +40,7 @@ keep their borders.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def separator(text):
 
 
 def parse_args(argv=None):
+    # names of columns are UTF-8 in the files, whatever the locale is
+    argv = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]] if argv is None else argv
     parser = make_parser()
     for action in parser._actions:
         if action.dest == "output_dir":

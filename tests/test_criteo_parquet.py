@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +28,10 @@ INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
 COLUMNS = ["Label", *INTEGERS, *CATEGORIES]
 NAMES = {"train": "train", "val": "valid", "test": "test"}
+
+
+HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
+needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
 # ------------------------------------------------------------------------------------------------- independent encoder
@@ -369,7 +374,7 @@ def test_new_rows_and_growth(nasty, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------- spark
 
 
-@pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
+@needs_spark
 def test_spark_equals_arrow(nasty, tmp_path):
     script = ("import sys, criteo_parquet as t; from tools.converter import raw\n"
               "raw.BLOCK_BYTES = 60_000\n"  # several blocks
@@ -392,7 +397,7 @@ def test_spark_equals_arrow(nasty, tmp_path):
     assert os.listdir(scratch) == []
 
 
-@pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")), reason="the Spark engine needs Java")
+@needs_spark
 def test_spark_on_packed_files_and_bad_lines(tmp_path):
     """Workers unpack and count; folds are dealt by the labels that they have seen; a bad line is named as on arrow."""
     frame = random_frame(1003, 5)

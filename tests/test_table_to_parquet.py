@@ -2,6 +2,7 @@
 says about itself; splits, growth, carried columns, both engines, proposals, and bad input."""
 
 import gzip
+import importlib.util
 import json
 import math
 import os
@@ -30,8 +31,8 @@ NAMES = ["user_id", "item", "title", "price", "stock", "tags", "device", "clicke
 OPTIONS = ["--label", "clicked", "--categorical", "user_id,item,title", "--numeric", "price,stock", "--numeric_bins",
            "price=7", "--list", "tags", "--list_length", "3", "--hash", "device=11", "--keep", "request,item",
            "--min_count", "2", "--min_count", "title=3"]  # fmt: skip
-needs_java = pytest.mark.skipif(not (shutil.which("java") or os.environ.get("JAVA_HOME")),
-                                reason="the Spark engine needs Java")
+HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
+needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -191,7 +192,7 @@ def made(tables, tmp_path_factory):
     for write, ending in ((write_csv, "csv"), (write_parquet, "parquet")):
         write(folder / f"day2.{ending}", cells_of(900, 9))
     root = tmp_path_factory.mktemp("made")
-    engines = ["arrow", "spark"] if shutil.which("java") or os.environ.get("JAVA_HOME") else ["arrow"]
+    engines = ["arrow", "spark"] if HAS_SPARK else ["arrow"]
     work = []
     for engine in engines:
         for ending in ("csv", "parquet"):
@@ -206,7 +207,7 @@ def made(tables, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-@pytest.mark.parametrize("engine", ["arrow", pytest.param("spark", marks=needs_java)])
+@pytest.mark.parametrize("engine", ["arrow", pytest.param("spark", marks=needs_spark)])
 def test_raw_value_to_id_three_ways(tables, made, ending, engine):
     """The conversion, encode_rows and a plain reading of the dataset's own description agree on every row."""
     cells, _ = tables
@@ -225,7 +226,7 @@ def test_raw_value_to_id_three_ways(tables, made, ending, engine):
             assert_ids(pq.read_table(folder / split), plain_ids(folder / "d", cells[split]))
 
 
-@needs_java
+@needs_spark
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_spark_equals_arrow(made, ending):
     """The same rows in the same order, also of a growth; the same vocabularies and descriptions."""

@@ -271,8 +271,8 @@ def start_spark(args, scratch):
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
-        raise UserError(f"--engine spark needs pyspark ({error}); install it as requirements.txt says, or use --engine "
-                        "arrow") from None
+        raise UserError(f"--engine spark needs pyspark ({error}); pip install -r tools/requirements_spark.txt, "
+                        "or use --engine arrow") from None
     logging.disable()  # on Ctrl-C py4j logs a traceback
     log_settings = scratch / "log4j2.properties"
     log_settings.write_text(NO_LOG)  # errors are reported by worker_error

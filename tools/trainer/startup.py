@@ -163,10 +163,15 @@ flow = import_oneflow()
 def prepare_run(on_cpu):
     """Schedule this process's threads for a training or scoring run; not for a process that has other work too."""
     avoid_launch_race()
-    with without_harmless_lines():  # OneFlow looks for a driver again
-        use_one_compute_thread()
+    prepare_graphs()
     if on_cpu:
         calm_scheduler()
+
+
+def prepare_graphs():
+    """What graphs need in any process, before the first one is compiled."""
+    with without_harmless_lines():  # OneFlow looks for a driver again
+        use_one_compute_thread()
 
 
 def avoid_launch_race():

@@ -301,7 +301,7 @@ def adopt_model(args, folder):
         if name not in state["tables"]:
             raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
         if getattr(args, option) is None:
-            setattr(args, option, state["tables"][name]["path"])
+            setattr(args, option, checkpoints.table_path(folder, state["tables"][name]))
     return state
 
 
@@ -927,7 +927,7 @@ class Trainer:
         return {
             "model": {"fields": dataset.fields, "table_sizes": dataset.table_sizes, "lists": dataset.lists,
                       **{name: getattr(args, name) for name in MODEL_OPTIONS}},
-            "data": {"fingerprint": dataset.fingerprint},
+            "data": {"dir": os.path.abspath(args.data_dir), "fingerprint": dataset.fingerprint},
             "run": {"train_rows": dataset.splits["train"].num_rows,
                     **{name: getattr(args, name) for name in SAME_IN_A_RUN}},
             "progress": {name: getattr(self, name) for name in ("step", "epoch", "step_in_epoch", "best")},

@@ -10,6 +10,10 @@ import pyarrow.parquet as pq
 from tools.trainer.cli import UserError
 
 
+def prediction_schema(kept):
+    return pa.schema([pa.field("probability", pa.float32()), *kept])
+
+
 class PredictionFile:
     """Parquet, or CSV where the name ends in .csv: column `probability` (float32), then the columns that are kept.
 
@@ -18,7 +22,7 @@ class PredictionFile:
 
     def __init__(self, path, kept):
         self.path, self.part = path, path + ".part"
-        self.schema = pa.schema([pa.field("probability", pa.float32()), *kept])
+        self.schema = prediction_schema(kept)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if path.lower().endswith(".csv"):
             options = pa_csv.WriteOptions(quoting_style="needed")
@@ -33,8 +37,7 @@ class PredictionFile:
         try:
             self.writer.write_table(pa.Table.from_arrays([pa.array(probs), *columns], schema=self.schema))
         except pa.ArrowInvalid as error:  # lists in a CSV file
-            raise UserError(f"--predict_output {self.path} cannot take the columns to keep ({error}); name a .parquet "
-                            "file") from None
+            raise UserError(f"{self.path} cannot take the columns to keep ({error}); name a .parquet file") from None
         self.rows += len(probs)
 
     def __enter__(self):
@@ -50,9 +53,9 @@ class PredictionFile:
                 os.remove(self.part)
 
 
-def check_output(path, overwrite):
-    """Raise a UserError where a file of predictions cannot be written."""
+def check_output(path, overwrite, option="--predict_output"):
+    """Raise a UserError where a file cannot be written under a name."""
     if os.path.isdir(path):
-        raise UserError(f"--predict_output {path} is a folder; name a file in it")
+        raise UserError(f"{option} {path} is a folder; name a file in it")
     if os.path.lexists(path) and not overwrite:
-        raise UserError(f"--predict_output {path} exists already; name another file or add --overwrite")
+        raise UserError(f"{option} {path} exists already; name another file or add --overwrite")

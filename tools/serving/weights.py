@@ -6,8 +6,7 @@ import numpy as np
 
 from tools.serving.rows import load_encoder
 from tools.trainer import checkpoints
-from tools.trainer.cli import UserError
-from tools.trainer.tables import TableStore
+from tools.trainer.cli import UserError, shorten
 
 BATCH_NORM_EPSILON = 1e-5  # of DNN.normalise
 
@@ -20,21 +19,18 @@ def read_weights(folder, checksums=True):
     """Weights of a checkpoint. Raises: UserError where it is not whole."""
     state = checkpoints.read_checkpoint(folder)
     dense = checkpoints.read_dense(folder, state, checksums)
-    embedding, first_order = (read_table(folder, state, name, dim, checksums) for name, dim in (
-        ("embedding", state["model"]["embedding_vec_size"]), ("embedding_fm", 1)))
+    stores = {store.name: store for store in checkpoints.saved_tables(folder, state, checksums)}
+    if set(stores) != {"embedding", "embedding_fm"}:
+        raise UserError(f"{folder} has the tables {shorten(stores)}; it is the checkpoint of another model")
+    embedding, first_order = (read_table(stores[name], state["tables"][name]) for name in ("embedding", "embedding_fm"))
     return Weights(state, embedding, first_order[:, 0], layers_of(state, dense, folder))
 
 
-def read_table(folder, state, name, dim, checksums):
+def read_table(store, saved):
     """Values of a table's rows, float32 (ids, D); rows that a table on CUDA has never looked up are 0."""
-    saved, num_ids = state["tables"].get(name), sum(state["model"]["table_sizes"])
-    if saved is None:
-        raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
-    store = TableStore(name, "persistent_path", checkpoints.table_path(folder, saved), dim, num_ids)
-    checkpoints.Checkpointer(None, [], checksums=checksums).check_rows(store, saved)
-    values = np.zeros((num_ids, dim), np.float32)
+    values = np.zeros((store.num_ids, store.dim), np.float32)
     for ids, rows in store.read_snapshot(saved["snapshot"], saved["processes"]):
-        values[ids] = rows[:, :dim]
+        values[ids] = rows[:, :store.dim]
     return values
 
 

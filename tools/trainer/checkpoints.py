@@ -29,6 +29,7 @@ import numpy as np
 from tools.trainer.cli import UserError, brief, first_line
 from tools.trainer.files import checksum, count, list_folder, read_json, rename_for_good, sync, write_json
 from tools.trainer.processes import all_agree, barrier, on_rank0, print_rank0, rank, sum_over_processes, world_size
+from tools.trainer.tables import SIZE_FACTOR, TableStore, row_bytes_in
 
 FORMAT = 2  # 1 has dense/ as flow.save writes it, and no checksums
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
@@ -49,9 +50,10 @@ def snapshot_name(value):
 
 BEST = {"epoch": count, "step": count, "auc": finite, "logloss": finite}
 TABLE = {"path": str, "snapshot": snapshot_name, "processes": lambda n: count(n) and 0 < n < 10**6,
-         "rows": (count, None), "checksum?": (count, None)}
+         "rows": (count, None), "checksum?": (count, None), "dim?": lambda n: count(n) and 0 < n < 10**6}
 STATE = {
-    "format_version": lambda version: version in (1, FORMAT), "digest?": str, "data?": {"fingerprint": (str, None)},
+    "format_version": lambda version: version in (1, FORMAT), "digest?": str,
+    "data?": {"dir": str, "fingerprint": (str, None)},
     "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0], "lists?": {"*": [str]}},
     "run": {"run_id": str, "processes": count, "batch_size": count},
     "progress": {"step": count, "epoch": count, "step_in_epoch": count, "best": (BEST, None)},
@@ -259,7 +261,7 @@ class Checkpointer:
         """A table's entry in state.json."""
         value = all_agree(store.write_checksums, snapshot)
         rows, _ = all_agree(store.check_snapshot, snapshot, world_size(), False)
-        return {"path": os.path.abspath(store.path), "snapshot": snapshot, "processes": world_size(),
+        return {"path": os.path.abspath(store.path), "dim": store.dim, "snapshot": snapshot, "processes": world_size(),
                 "rows": int(sum_over_processes(rows)), "checksum": int(sum_over_processes(value))}
 
     def write(self, names, state, dense):
@@ -350,6 +352,23 @@ class Checkpointer:
 def table_path(folder, saved):
     """Folder of a table's rows by its entry in the state.json of a checkpoint."""
     return os.path.normpath(os.path.join(find_folder(folder), saved["path"]))
+
+
+def saved_tables(folder, state, checksums=True):
+    """TableStores of a checkpoint's tables, where they were saved, after a check of their files. Raises: UserError"""
+    stores = []
+    for name, saved in state["tables"].items():
+        path = table_path(folder, saved)
+        dim = saved.get("dim") or width_of(path, saved)
+        stores.append(TableStore(name, "persistent_path", path, dim, sum(state["model"]["table_sizes"])))
+        Checkpointer(None, [], checksums=checksums).check_rows(stores[-1], saved)
+    return stores
+
+
+def width_of(path, saved):
+    """Floats of a value in a table that an earlier version saved."""
+    store = TableStore("", "persistent_path", path, 0, 0)
+    return row_bytes_in(store.folder(0, saved["processes"])) // (4 * SIZE_FACTOR)
 
 
 def reason_of(error):

@@ -1143,12 +1143,13 @@ def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
     device, tables = DEVICES[args.device](), make_tables(args, dataset.num_ids)
     checkpointer = checkpoints.Checkpointer(
         save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
-        checksums=not args.skip_checksums, growth=check_data(args, dataset, folder, to_train) if folder else None)
+        checksums=not args.skip_checksums)
     if folder:
-        checkpointer.prepare(folder, copy_rows=device.one_embedding)
+        growth = check_data(args, dataset, folder, to_train)
+        checkpointer.prepare(folder, device.one_embedding, growth)
     trainer = Trainer(args, dataset, device, tables)
     if folder:
-        checkpointer.load(trainer, folder, to_train)
+        checkpointer.load(trainer, folder, to_train, growth)
     return trainer, checkpointer
 
 

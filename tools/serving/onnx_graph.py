@@ -104,7 +104,9 @@ def add_numbers(graph, fields, offsets):
     values = truncated(graph, values, [field.kind == "bucket" and field.own_missing for field in fields])
     column = graph.add("Unsqueeze", values, graph.constant(np.array([2])))
     reached = graph.add("GreaterOrEqual", column, graph.constant(borders[None], "borders"))
-    number = graph.add("ReduceSum", graph.add("Cast", reached, to=INTEGER), graph.constant(np.array([2])), keepdims=0)
+    number = graph.add("ReduceSum", graph.add("Cast", reached, to=TensorProto.FLOAT), graph.constant(np.array([2])),
+                       keepdims=0)
+    number = graph.add("Cast", number, to=INTEGER)
     first = graph.constant(np.arange(len(fields), dtype=np.int64)[None] * (width + 1))
     ids = graph.add("Gather", graph.constant(table.ravel(), "ids_of_steps"), graph.add("Add", number, first))
     if missing:

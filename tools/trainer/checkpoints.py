@@ -233,13 +233,12 @@ class Checkpointer:
     The trainer offers: step; state(): parts of state.json; dense_tensors(): {name: array}; save_rows(store, snapshot);
     load_dense({name: array}, folder, to_train); load_rows(store, snapshot, blocks of (ids, rows), to_train).
     stores: the tables; run_id: prefix of the run's snapshots; keep: number of periodic checkpoints;
-    appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading;
-    growth: how the rows of the checkpoint to load move, where its data has grown since.
+    appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading.
     """
 
-    def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, checksums=True, growth=None):
+    def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, checksums=True):
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
-        self.keep, self.appends, self.checksums, self.growth = keep, appends, checksums, growth
+        self.keep, self.appends, self.checksums = keep, appends, checksums
 
     def save(self, trainer, names):
         """Save the state as one snapshot of each table and one checkpoint folder per name."""
@@ -297,27 +296,22 @@ class Checkpointer:
             store.prune(own - needed, keep_last_chunk=self.appends)
         barrier()
 
-    def prepare(self, folder, copy_rows):
-        """Check the snapshots of a checkpoint; copy_rows: where OneEmbedding will look for them (CUDA)."""
+    def prepare(self, folder, copy_rows, growth=None):
+        """Check the snapshots of a checkpoint; copy_rows: to where OneEmbedding will look for them (CUDA).
+
+        growth: how rows move, where the data has grown since; also for `load`.
+        """
         state = read_checkpoint(folder)
         for store in self.stores:
             saved = state["tables"][store.name]
-            source = self.holder(store, saved, folder)
+            source = self.holder(store, saved, folder, growth)
             if source.path != store.path:
                 print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
             self.check_rows(source, saved)
             here = os.path.join(store.folder(rank(), world_size()), "snapshots")
-            if copy_rows and self.name_here(saved) not in list_folder(here):
-                store.write_snapshot(self.name_here(saved), self.rows_of(source, saved) if rank() == 0 else ())
-
-    def name_here(self, saved):
-        """What the snapshot is called among this run's, where it has been copied for OneEmbedding."""
-        return saved["snapshot"] + ("-grown" if self.growth else "")
-
-    def rows_of(self, source, saved):
-        """Blocks of (ids, rows) of a snapshot, as ids of this run's tables."""
-        blocks = source.read_snapshot(saved["snapshot"], saved["processes"])
-        return self.growth.blocks(blocks) if self.growth else blocks
+            name = name_here(saved, growth)
+            if copy_rows and name not in list_folder(here):
+                store.write_snapshot(name, rows_of(source, saved, growth) if rank() == 0 else ())
 
     def check_rows(self, source, saved):
         """Raise a UserError unless a snapshot is whole and the one that the checkpoint names."""
@@ -331,22 +325,33 @@ class Checkpointer:
             raise UserError(f"the table snapshot {saved['snapshot']} in {source.path} is not the one that was saved "
                             f"with the checkpoint; {USE_ANOTHER}")
 
-    def holder(self, store, saved, folder):
+    def holder(self, store, saved, folder, growth=None):
         """The store that holds a checkpoint's snapshot: this run's, or the one that it was saved to."""
-        num_ids = len(self.growth.places) if self.growth else None
+        num_ids = len(growth.places) if growth else None
         path = store.path if saved["snapshot"] in store.snapshots() else table_path(folder, saved)
         return store.at(path, num_ids)
 
-    def load(self, trainer, folder, to_train=True):
+    def load(self, trainer, folder, to_train=True, growth=None):
         """Hand a checkpoint's tensors and rows to the trainer, after `prepare`, Adam's moments only to train."""
         state = read_checkpoint(folder)
         trainer.load_dense(read_dense(folder, state, self.checksums), folder, to_train)
         for store in self.stores:
             saved = state["tables"][store.name]
-            blocks = self.rows_of(self.holder(store, saved, folder), saved)
-            trainer.load_rows(store, self.name_here(saved), blocks, to_train)
+            blocks = rows_of(self.holder(store, saved, folder, growth), saved, growth)
+            trainer.load_rows(store, name_here(saved, growth), blocks, to_train)
         trainer.step = state["progress"]["step"]
         barrier()
+
+
+def name_here(saved, growth):
+    """What a checkpoint's snapshot is called among a run's own, where it has been copied for OneEmbedding."""
+    return saved["snapshot"] + ("-grown" if growth else "")
+
+
+def rows_of(source, saved, growth):
+    """Blocks of (ids, rows) of a snapshot, as ids of the tables that they are for."""
+    blocks = source.read_snapshot(saved["snapshot"], saved["processes"])
+    return growth.blocks(blocks) if growth else blocks
 
 
 def table_path(folder, saved):

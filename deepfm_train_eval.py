@@ -13,7 +13,6 @@ Letters in shape comments: B batch, F fields, C columns of ids (a field of lists
 H hidden units.
 """
 
-import argparse
 import math
 import os
 import re
@@ -45,6 +44,7 @@ from tools.serving.growth import growth_of
 from tools.serving.output import check_output
 from tools.serving.predictor import Predictor, write_predictions
 from tools.trainer import checkpoints, cpu, tensors
+from tools.trainer.arguments import check_arguments, could_be_given
 from tools.trainer.batches import (
     draw_masks,
     eval_batches,
@@ -219,68 +219,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
-    check_use(parser, args)
-    check_device(parser, args)
-    check_training(parser, args)
-    if args.log_dir is None and args.model_save_dir:
-        args.log_dir = os.path.join(args.model_save_dir, "logs")
-    return args
-
-
-def check_use(parser, args):
-    """What is to be done, and whether all that it needs is there."""
-    if args.predict and args.eval_only:
-        parser.error("--predict and --eval_only are two things; leave one out")
-    if (args.predict is None) != (args.predict_output is None):
-        parser.error("--predict and --predict_output go together")
+    check_arguments(parser, args, TABLES.values())
     if args.predict_output:
         try:
             check_output(args.predict_output, args.overwrite)
         except UserError as error:
             parser.error(str(error))
-    if (args.predict or args.eval_only) and not args.model_load_dir:
-        parser.error(f"{'--predict' if args.predict else '--eval_only'} needs --model_load_dir, the checkpoint to use")
-    needed = [] if args.predict else ["data_dir"]
-    needed += [] if args.predict or args.eval_only else TABLES.values()
-    missing = [f"--{name}" for name in needed if not getattr(args, name)]
-    if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if args.resume and not args.model_save_dir:
-        parser.error("--resume needs --model_save_dir, the folder of the run to continue")
-    if args.resume and (args.model_load_dir or args.overwrite_tables):
-        parser.error("--resume continues from --model_save_dir; leave out --model_load_dir and --overwrite_tables")
-    if not args.model_save_dir:
-        for name in ("save_initial_model", "save_model_after_each_eval", "checkpoint_interval"):
-            if getattr(args, name):
-                parser.error(f"--{name} needs --model_save_dir")
-
-
-def check_device(parser, args):
-    """Choose the device, and refuse what it cannot do."""
-    if args.device == "cuda" and not flow.cuda.is_available():
-        parser.error("--device cuda, but OneFlow sees no CUDA device; use --device cpu or mend the driver")
-    if args.device == "auto":
-        args.device = "cuda" if flow.cuda.is_available() else "cpu"
-    if args.amp and args.device != "cuda":
-        parser.error("--amp needs a CUDA device; leave it out on CPU")
-    if not args.disable_fusedmlp and args.device != "cuda":
-        parser.error("--disable_fusedmlp False needs a CUDA device; leave it out on CPU")
-    if not args.disable_fusedmlp and args.batch_norm:
-        parser.error("--disable_fusedmlp False has no batch normalisation; leave out --batch_norm or the fused MLP")
-    if args.store_type != "device_mem" and args.cache_memory_budget_mb == 0:
-        parser.error(f"--cache_memory_budget_mb 0 leaves --store_type {args.store_type} without a cache; "
-                     "give at least 1 or use --store_type device_mem")
-
-
-def check_training(parser, args):
-    if args.batch_size % world_size():
-        parser.error(f"--batch_size {args.batch_size} is not divisible by {world_size()} processes; "
-                     f"use a multiple of {world_size()}")
-    if args.persistent_path and args.persistent_path_fm and (
-            os.path.realpath(args.persistent_path) == os.path.realpath(args.persistent_path_fm)):
-        parser.error(f"--persistent_path and --persistent_path_fm are both {args.persistent_path}; use two folders")
-    if args.min_lr > args.learning_rate:
-        parser.error(f"--min_lr {args.min_lr} is above --learning_rate {args.learning_rate}")
+    if args.log_dir is None and args.model_save_dir:
+        args.log_dir = os.path.join(args.model_save_dir, "logs")
+    return args
 
 
 def adopt_model(args, folder):
@@ -303,17 +250,6 @@ def adopt_model(args, folder):
         if getattr(args, option) is None:
             setattr(args, option, checkpoints.table_path(folder, state["tables"][name]))
     return state
-
-
-def could_be_given(parser, name, value):
-    """Whether the parser could have made a value of an option."""
-    convert = parser._option_string_actions[f"--{name}"].type
-    if convert is None:
-        return isinstance(value, bool)
-    try:
-        return convert(",".join(map(str, value)) if isinstance(value, list) else str(value)) == value
-    except argparse.ArgumentTypeError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_learning_rate_cut_and_checkpoint_keep_the_dynamic_loss_scale(shared_dat
         trainer.train_step(batch)
     [scale] = [value for name, value in trainer.current_optimizer_state().items() if name.endswith("-LossScale")]
     assert scale.to_local().numpy() == 2.0**12  # doubled twice, once in each graph
-    prepare_new_run(trainer.checkpointer.save_dir, trainer.checkpointer.stores)
+    prepare_new_run(trainer.checkpointer.save_dir, trainer.checkpointer.stores, str(shared_dataset_dir))
     trainer.checkpointer.save(trainer, ["checkpoint"])
     folder = f"{trainer.checkpointer.save_dir}/checkpoint"
     resumed, _ = trainer_module.start_trainer(trainer.args, trainer.dataset, folder)

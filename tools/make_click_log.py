@@ -7,8 +7,8 @@
     wrote clicks.csv: 50000 rows of day 1, 0.2512 clicked, best AUC any model could reach 0.8083
 
 Columns: clicked (0 or 1), user_id, item_id, device, price (in 3 % of the rows missing), genres (up to four, with |
-between them), ts (date and time, ascending). Every day brings new users and items, and old ones leave. Whether a row is
-clicked is drawn from a planted model: a taste of each user and quality of each item, an inner product of the two, genres
+between them), ts (date and time, ascending). Every day brings new users and items, and old ones leave. Whether a row
+is clicked is drawn from a planted model: taste of each user, quality of each item, an inner product of both, genres
 and price. --unlabelled leaves out the label, as in rows that are to be scored. A day's rows depend on --seed, --day and
 --num_rows only.
 """

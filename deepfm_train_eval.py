@@ -9,10 +9,10 @@ Reads DATA_DIR/{train,val,test}/*.parquet (a Label column, then one column of gl
 DATA_DIR/dataset_info.json. Writes checkpoints to --model_save_dir, embedding rows as OneEmbedding snapshots under
 --persistent_path and --persistent_path_fm, and metrics to --log_dir.
 
-Letters in shape comments: B batch, F fields, D embedding size, H hidden units.
+Letters in shape comments: B batch, F fields, C columns of ids (a field of lists has several), D embedding size,
+H hidden units.
 """
 
-import argparse
 import math
 import os
 import re
@@ -33,15 +33,18 @@ if __name__ == "__main__":
     start_script()  # imports take seconds
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
-from tools.trainer.startup import flow, prepare_run
+from tools.trainer.startup import flow, prepare_graphs, prepare_run
 
 # isort: split
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from sklearn.metrics import roc_auc_score
 
+from tools.serving.growth import growth_of
+from tools.serving.output import check_output
+from tools.serving.predictor import Predictor, write_predictions
 from tools.trainer import checkpoints, cpu, tensors
+from tools.trainer.arguments import check_arguments, could_be_given
 from tools.trainer.batches import (
     draw_masks,
     eval_batches,
@@ -58,17 +61,15 @@ from tools.trainer.cli import (
     brief,
     first_line,
     int_list,
+    name_list,
     number,
     os_error_text,
-    shorten,
 )
 from tools.trainer.dataset import (
     LABEL,
     SPLITS,
     Dataset,
     QuotedPaths,
-    Split,
-    check_columns,
     check_ids,
     check_labels,
     read_dataset,
@@ -170,6 +171,9 @@ def add_storage_options(parser):
 
     saving = parser.add_argument_group("checkpoints")
     saving.add_argument("--model_load_dir", help="checkpoint to start from: parameters, tables, Adam's moments")
+    saving.add_argument("--new_rows", choices=("oov", "normal"), default="oov",
+                        help="rows of tokens that the data has grown by since --model_load_dir: as the trained "
+                             "out-of-vocabulary row of their field, or as in a new table")
     saving.add_argument("--model_save_dir", help="folder for checkpoints; without it none is kept after the run")
     saving.add_argument("--save_initial_model", action="store_true", help="save initial model parameters")
     saving.add_argument("--save_model_after_each_eval", action="store_true", help="save model after each eval")
@@ -184,9 +188,17 @@ def add_storage_options(parser):
 
     use = parser.add_argument_group("evaluation and prediction")
     use.add_argument("--eval_only", action="store_true", help="score val and test of --model_load_dir, then end")
-    use.add_argument("--predict", metavar="SPLIT_DIR",
-                     help="folder with parquet files to score with --model_load_dir; labels are not needed")
-    use.add_argument("--predict_output", metavar="FILE.parquet", help="file for the probabilities, in row order")
+    use.add_argument("--predict", metavar="ROWS",
+                     help="rows to score with --model_load_dir: a file, or a folder of files, of ids (parquet) or raw "
+                          "(parquet, or text as the model's data was made of); labels are not needed")
+    use.add_argument("--predict_output", metavar="FILE",
+                     help="file for the probabilities, in row order: CSV where it ends in .csv, else parquet")
+    use.add_argument("--keep_columns", type=name_list, metavar="NAME,NAME",
+                     help="columns of the rows to write behind the probability")
+    use.add_argument("--unknown_ids", choices=("error", "oov"),
+                     help="what becomes of raw values that the vocabulary lacks, by default oov, and of ids outside "
+                          "their tables, by default error; oov: they count as out-of-vocabulary")
+    use.add_argument("--overwrite", action="store_true", help="replace an existing --predict_output")
 
     machine = parser.add_argument_group("machine and log")
     machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
@@ -207,65 +219,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
-    check_use(parser, args)
-    check_device(parser, args)
-    check_training(parser, args)
+    check_arguments(parser, args, TABLES.values())
+    if args.predict_output:
+        try:
+            check_output(args.predict_output, args.overwrite)
+        except UserError as error:
+            parser.error(str(error))
     if args.log_dir is None and args.model_save_dir:
         args.log_dir = os.path.join(args.model_save_dir, "logs")
     return args
-
-
-def check_use(parser, args):
-    """What is to be done, and whether all that it needs is there."""
-    if args.predict and args.eval_only:
-        parser.error("--predict and --eval_only are two things; leave one out")
-    if (args.predict is None) != (args.predict_output is None):
-        parser.error("--predict and --predict_output go together")
-    if args.predict_output and os.path.isdir(args.predict_output):
-        parser.error(f"--predict_output {args.predict_output} is a folder; name a file in it")
-    if (args.predict or args.eval_only) and not args.model_load_dir:
-        parser.error(f"{'--predict' if args.predict else '--eval_only'} needs --model_load_dir, the checkpoint to use")
-    needed = [] if args.predict else ["data_dir"]
-    needed += [] if args.predict or args.eval_only else TABLES.values()
-    missing = [f"--{name}" for name in needed if not getattr(args, name)]
-    if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if args.resume and not args.model_save_dir:
-        parser.error("--resume needs --model_save_dir, the folder of the run to continue")
-    if args.resume and (args.model_load_dir or args.overwrite_tables):
-        parser.error("--resume continues from --model_save_dir; leave out --model_load_dir and --overwrite_tables")
-    if not args.model_save_dir:
-        for name in ("save_initial_model", "save_model_after_each_eval", "checkpoint_interval"):
-            if getattr(args, name):
-                parser.error(f"--{name} needs --model_save_dir")
-
-
-def check_device(parser, args):
-    """Choose the device, and refuse what it cannot do."""
-    if args.device == "cuda" and not flow.cuda.is_available():
-        parser.error("--device cuda, but OneFlow sees no CUDA device; use --device cpu or mend the driver")
-    if args.device == "auto":
-        args.device = "cuda" if flow.cuda.is_available() else "cpu"
-    if args.amp and args.device != "cuda":
-        parser.error("--amp needs a CUDA device; leave it out on CPU")
-    if not args.disable_fusedmlp and args.device != "cuda":
-        parser.error("--disable_fusedmlp False needs a CUDA device; leave it out on CPU")
-    if not args.disable_fusedmlp and args.batch_norm:
-        parser.error("--disable_fusedmlp False has no batch normalisation; leave out --batch_norm or the fused MLP")
-    if args.store_type != "device_mem" and args.cache_memory_budget_mb == 0:
-        parser.error(f"--cache_memory_budget_mb 0 leaves --store_type {args.store_type} without a cache; "
-                     "give at least 1 or use --store_type device_mem")
-
-
-def check_training(parser, args):
-    if args.batch_size % world_size():
-        parser.error(f"--batch_size {args.batch_size} is not divisible by {world_size()} processes; "
-                     f"use a multiple of {world_size()}")
-    if args.persistent_path and args.persistent_path_fm and (
-            os.path.realpath(args.persistent_path) == os.path.realpath(args.persistent_path_fm)):
-        parser.error(f"--persistent_path and --persistent_path_fm are both {args.persistent_path}; use two folders")
-    if args.min_lr > args.learning_rate:
-        parser.error(f"--min_lr {args.min_lr} is above --learning_rate {args.learning_rate}")
 
 
 def adopt_model(args, folder):
@@ -286,19 +248,8 @@ def adopt_model(args, folder):
         if name not in state["tables"]:
             raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
         if getattr(args, option) is None:
-            setattr(args, option, state["tables"][name]["path"])
+            setattr(args, option, checkpoints.table_path(folder, state["tables"][name]))
     return state
-
-
-def could_be_given(parser, name, value):
-    """Whether the parser could have made a value of an option."""
-    convert = parser._option_string_actions[f"--{name}"].type
-    if convert is None:
-        return isinstance(value, bool)
-    try:
-        return convert(",".join(map(str, value)) if isinstance(value, list) else str(value)) == value
-    except argparse.ArgumentTypeError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,14 +258,14 @@ def could_be_given(parser, name, value):
 
 
 def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
-    """Yield (ids int32 or int64 (n, F), labels float32 (n,)) per row group with petastorm.
+    """Yield (ids int32 or int64 (n, C), labels float32 (n,)) per row group with petastorm.
 
     A lane is every num_lanes-th row group. seed: None reads in order, a positive number shuffles the row groups.
     Raises: UserError for an id outside its table or a label that is not 0 or 1.
     """
     lanes = {"cur_shard": lane, "shard_count": num_lanes} if num_lanes > 1 else {}
     dtype = np.int32 if dataset.num_ids < 2**31 - 1 else np.int64
-    wanted = ([LABEL] if split.labelled else []) + dataset.fields
+    wanted = ([LABEL] if split.labelled else []) + dataset.columns
     # read in the calling thread, which is `prefetched`: petastorm's own threads wake up 1000 times a second to look for
     # work (thread_pool.py, 0.13.1), which cost 5 % of a step's time
     reader = make_batch_reader(
@@ -328,11 +279,11 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
             if group is None:
                 raise UserError(f"petastorm delivered fewer rows of the {split.name} split than its files have; they "
                                 "may have changed while they were read: start again")
-            ids = np.empty((len(getattr(group, dataset.fields[0])), len(dataset.fields)), dtype)
-            for f, field in enumerate(dataset.fields):
-                column = getattr(group, field)
-                check_ids(dataset, split, f, column.min(), column.max())
-                ids[:, f] = column
+            ids = np.empty((len(getattr(group, dataset.columns[0])), len(dataset.columns)), dtype)
+            for place, name in enumerate(dataset.columns):
+                column = getattr(group, name)
+                check_ids(dataset, split, place, column.min(), column.max())
+                ids[:, place] = column
             labels = getattr(group, LABEL).astype(np.float32) if split.labelled else np.zeros(len(ids), np.float32)
             check_labels(split, labels)
             remaining -= len(ids)
@@ -365,7 +316,7 @@ class OneEmbedding(nn.Module):
         self.device, self.weight, self.dim = device, table, dim
 
     def forward(self, ids):
-        """int64 (B, F) -> float (B, F, D)"""
+        """int64 (B, C) -> float (B, C, D)"""
         return self.device.look_up(self.weight, ids)
 
 
@@ -431,8 +382,8 @@ class Cuda:
         table.save_snapshot(snapshot)
         sync(store.folder(rank(), world_size()))
 
-    def load_rows(self, table, store, saved, with_moments):
-        table.load_snapshot(saved["snapshot"])
+    def load_rows(self, table, store, snapshot, blocks, with_moments):
+        table.load_snapshot(snapshot)
         return {}
 
     def sum_over_fields(self, x, dim):
@@ -590,23 +541,51 @@ class DNN(nn.Module):
                 running_var.mul_(1 - momentum).add_(var * (momentum * num_rows / max(num_rows - 1, 1)))
 
 
+class ListPooling(nn.Module):
+    """Makes one field of a list's columns: mean of the embeddings and sum of the first-order weights of what is there.
+
+    lists: [(first column, last column + 1, id of an absent element)], as `Dataset.list_columns` gives them.
+    """
+
+    def __init__(self, lists):
+        super().__init__()
+        self.lists = sorted(lists)
+
+    def forward(self, ids, embeddings, first_order):
+        """ids (B, C), embeddings (B, C, D), first_order (B, C, 1) -> (B, F, D), (B, F, 1)"""
+        vectors, weights, done = [], [], 0
+        for start, end, absent in self.lists:
+            present = (ids[:, start:end] != absent).to(embeddings.dtype).unsqueeze(-1)  # (B, L, 1)
+            number = flow.clamp(present.sum(dim=1, keepdim=True), min=1.0)
+            total = (embeddings[:, start:end] * present).sum(dim=1, keepdim=True)
+            vectors += [embeddings[:, done:start], total / number]
+            weights += [first_order[:, done:start], (first_order[:, start:end] * present).sum(dim=1, keepdim=True)]
+            done = end
+        vectors, weights = vectors + [embeddings[:, done:]], weights + [first_order[:, done:]]
+        return tuple(flow.cat([part for part in parts if part.shape[1]], dim=1) for parts in (vectors, weights))
+
+
 class DeepFM(nn.Module):
     """logit = first order + second order + DNN [+ further towers], all on the same fields.
 
-    towers: {name: module from embeddings (B, F*D) to (B, 1)}.
+    towers: {name: module from embeddings (B, F*D) to (B, 1)}; lists: see ListPooling.
     """
 
-    def __init__(self, device, embedding, embedding_fm, dnn, towers=None):
+    def __init__(self, device, embedding, embedding_fm, dnn, towers=None, lists=()):
         super().__init__()
+        self.pooling = ListPooling(lists) if lists else None
         self.embedding, self.embedding_fm, self.dnn = embedding, embedding_fm, dnn
         self.fm = FM(device, embedding.dim)
         self.towers = nn.ModuleDict(towers or {})
 
     def forward(self, ids, sample_weights, masks=()):
-        """ids int64 (B, F) -> (logits (B, 1), batch statistics of the DNN)"""
-        embeddings = self.embedding(ids).flatten(1)
+        """ids int64 (B, C) -> (logits (B, 1), batch statistics of the DNN)"""
+        embeddings, first_order = self.embedding(ids), self.embedding_fm(ids)
+        if self.pooling is not None:
+            embeddings, first_order = self.pooling(ids, embeddings, first_order)
+        embeddings = embeddings.flatten(1)
         dnn, statistics = self.dnn(embeddings, sample_weights, masks)
-        logits = self.fm(self.embedding_fm(ids).flatten(1), embeddings) + dnn
+        logits = self.fm(first_order.flatten(1), embeddings) + dnn
         for tower in self.towers.values():
             logits = logits + tower(embeddings)
         return logits, statistics
@@ -626,14 +605,14 @@ def make_tables(args, num_ids):
     return [TableStore(name, option, getattr(args, option), widths[name], num_ids) for name, option in TABLES.items()]
 
 
-def build_model(args, device, tables, num_fields):
+def build_model(args, device, tables, dataset):
     """The model of MODEL_OPTIONS; tables: of `make_tables`."""
     embedding, embedding_fm = (
         OneEmbedding(device, device.make_table(table, args.seed, number, args.store_type, args.cache_memory_budget_mb),
                      table.dim) for number, table in enumerate(tables))
-    dnn = DNN(device, num_fields * args.embedding_vec_size, args.dnn, args.net_dropout, seed=args.seed,
+    dnn = DNN(device, len(dataset.fields) * args.embedding_vec_size, args.dnn, args.net_dropout, seed=args.seed,
               batch_norm=args.batch_norm, fused=not args.disable_fusedmlp)
-    return DeepFM(device, embedding, embedding_fm, dnn)
+    return DeepFM(device, embedding, embedding_fm, dnn, lists=dataset.list_columns())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -782,7 +761,7 @@ class Trainer:
         self.plateau = Plateau(**{name: getattr(args, name) for name in PLATEAU_OPTIONS})
         self.step, self.epoch, self.step_in_epoch, self.best = 0, 1, 0, None
         self.train_graph = self.eval_graph = None
-        self.model = build_model(args, device, tables, len(dataset.fields))
+        self.model = build_model(args, device, tables, dataset)
         self.optimizer_state = {}  # what the next training graph is to begin with
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -834,36 +813,33 @@ class Trainer:
         return self.score(batches, split.num_rows, split.name)
 
     def score(self, batches, num_rows, name):
-        """The same for the pairs that `eval_batches` yields; name: for the progress bar.
+        """The same for the pairs that `eval_batches` yields; name: for the progress bar."""
+        probs, labels, done = np.empty(num_rows, np.float32), np.empty(num_rows, np.float32), 0
+        with closing(progress_bar(num_rows, " rows", name)) as bar:
+            for batch_probs, batch_labels in self.probabilities(batches):
+                part = slice(done, done + len(batch_probs))
+                probs[part], labels[part], done = batch_probs, batch_labels, part.stop
+                bar.update(len(batch_probs))
+        return probs, labels
+
+    def probabilities(self, batches):
+        """For pairs of (Batch, rest) yield (probabilities float32 (n,) of the whole global batch, rest).
 
         Raises: UserError when a probability is not a number.
         """
         if self.eval_graph is None:
             self.eval_graph = EvalGraph(self.model.eval(), self.args.amp)
-        probs, labels = np.empty(num_rows, np.float32), np.empty(num_rows, np.float32)
-        pending, position = None, 0
-
-        def collect(output, start, count):
-            probs[start:start + count] = output.to_local().numpy()[:count, 0]
-
         self.model.eval()
-        placement = self.device.placement
-        with prefetched(batches) as stream, closing(progress_bar(num_rows, " rows", name)) as bar:
-            for batch, batch_labels in stream:
+        placement, pending = self.device.placement, None
+        with prefetched(batches) as stream:
+            for batch, rest in stream:
                 output = self.eval_graph(to_split(batch.ids, placement), to_split(batch.weights, placement))
                 if pending:  # one batch behind, so that reading a result does not hold up the next batch
-                    collect(*pending)
-                pending = (output, position, len(batch_labels))
-                labels[position:position + len(batch_labels)] = batch_labels
-                position += len(batch_labels)
-                bar.update(len(batch_labels))
-        collect(*pending)
+                    yield finite_probabilities(*pending[:2]), pending[2]
+                pending = (output, batch.num_global, rest)
+        if pending:
+            yield finite_probabilities(*pending[:2]), pending[2]
         self.model.train()
-        if not np.isfinite(probs).all():
-            raise UserError(f"{np.count_nonzero(~np.isfinite(probs))} of {num_rows} probabilities of {name} are not "
-                            "numbers: the model's parameters are not finite; use an earlier checkpoint, or train with "
-                            "a lower --learning_rate or --max_grad_norm")
-        return probs, labels
 
     def evaluate(self, split_name, epoch, log=None):
         """Score a split and print one line -> {metric: value}"""
@@ -885,8 +861,9 @@ class Trainer:
         """Parts of state.json."""
         args, dataset = self.args, self.dataset
         return {
-            "model": {"fields": dataset.fields, "table_sizes": dataset.table_sizes,
+            "model": {"fields": dataset.fields, "table_sizes": dataset.table_sizes, "lists": dataset.lists,
                       **{name: getattr(args, name) for name in MODEL_OPTIONS}},
+            "data": {"dir": os.path.abspath(args.data_dir), "fingerprint": dataset.fingerprint},
             "run": {"train_rows": dataset.splits["train"].num_rows,
                     **{name: getattr(args, name) for name in SAME_IN_A_RUN}},
             "progress": {name: getattr(self, name) for name in ("step", "epoch", "step_in_epoch", "best")},
@@ -913,10 +890,10 @@ class Trainer:
         moments = [state.get(f"{name}-{moment}") for moment in "mv"]
         self.device.save_rows(self.model.tables()[store.name].weight, store, snapshot, moments)
 
-    def load_rows(self, store, saved, to_train):
-        """saved: the table's entry in state.json."""
+    def load_rows(self, store, snapshot, blocks, to_train):
+        """snapshot: what the rows are called where OneEmbedding keeps them; blocks: of (ids, rows), for host memory."""
         table, with_moments = self.model.tables()[store.name].weight, to_train and bool(self.optimizer_state)
-        moments = self.device.load_rows(table, store, saved, with_moments)
+        moments = self.device.load_rows(table, store, snapshot, blocks, with_moments)
         self.optimizer_state.update({f"model.{store.name}.weight-{name}": tensor for name, tensor in moments.items()})
 
 
@@ -964,6 +941,16 @@ def train_epoch(trainer, checkpointer, clock, log):
         if previous is not None:  # another number of processes may have fewer steps in an epoch: none is left then
             check_finite(previous, trainer)
         clock.stop()
+
+
+def finite_probabilities(output, count):
+    """The first `count` probabilities of a batch as float32 (count,); waits for its graph."""
+    probs = output.to_local().numpy()[:count, 0].copy()
+    if not np.isfinite(probs).all():
+        raise UserError(f"{np.count_nonzero(~np.isfinite(probs))} of {count} probabilities are not numbers: the "
+                        "model's parameters are not finite; use an earlier checkpoint, or train with a lower "
+                        "--learning_rate or --max_grad_norm")
+    return probs
 
 
 def check_finite(loss, trainer):
@@ -1063,24 +1050,15 @@ def predict_command(args, checkpoint):
                        os.path.join(args.data_dir, "test"), "--predict_output", "predictions.parquet"])
 
 
-def predict(trainer):
-    """Write one probability per row of --predict, in row order, to --predict_output."""
-    args, dataset = trainer.args, trainer.dataset
-    split = Split(args.predict, "predict", labelled=False)
-    missing = [field for field in dataset.fields if field not in split.columns]
-    if missing:
-        raise UserError(f"--predict {args.predict} lacks the columns {shorten(missing)}")
-    check_columns(dataset, split)
-    probs, _ = trainer.predict(split)
+def load(folder, device="auto", batch_size=1000):
+    """The model of a checkpoint, for use in this process: a Predictor. batch_size: rows scored at a time.
 
-    def write():
-        folder = os.path.dirname(os.path.abspath(args.predict_output))
-        os.makedirs(folder, exist_ok=True)
-        pq.write_table(pa.table({"probability": probs}), args.predict_output + ".tmp")
-        os.replace(args.predict_output + ".tmp", args.predict_output)
-
-    on_rank0(write)
-    print_rank0(f"Wrote {len(probs)} probabilities to {args.predict_output}")
+    Raises: UserError where the folder holds no whole checkpoint.
+    """
+    args = parse_args([f"--model_load_dir={folder}", "--predict=-", "--predict_output=-", f"--device={device}",
+                       f"--batch_size={batch_size}"])
+    prepare_graphs()
+    return Predictor(open_checkpoint(args, str(folder))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1091,7 +1069,8 @@ def predict(trainer):
 def open_checkpoint(args, folder, dataset=None):
     """(Trainer, its Checkpointer) with a checkpoint's model, to score with; dataset: None for one without splits."""
     state = adopt_model(args, folder)
-    dataset = dataset or Dataset({}, state["model"]["fields"], state["model"]["table_sizes"])
+    model = state["model"]
+    dataset = dataset or Dataset({}, model["fields"], model["table_sizes"], model.get("lists"))
     return start_trainer(args, dataset, folder, to_train=False)
 
 
@@ -1102,15 +1081,32 @@ def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
         save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
         checksums=not args.skip_checksums)
     if folder:
-        model = checkpoints.read_checkpoint(folder)["model"]
-        if (model["fields"], model["table_sizes"]) != (dataset.fields, dataset.table_sizes):
-            raise UserError(f"{folder} was trained on other fields or table sizes than those of --data_dir "
-                            f"{args.data_dir}; use the data it was trained on")
-        checkpointer.prepare(folder, copy_rows=device.one_embedding)
+        growth = check_data(args, dataset, folder, to_train)
+        checkpointer.prepare(folder, device.one_embedding, growth)
     trainer = Trainer(args, dataset, device, tables)
     if folder:
-        checkpointer.load(trainer, folder, to_train)
+        checkpointer.load(trainer, folder, to_train, growth)
     return trainer, checkpointer
+
+
+def check_data(args, dataset, folder, to_train):
+    """How the rows of a checkpoint's tables move where the dataset grew since (a Growth), else None.
+
+    Raises: UserError where the dataset is another one.
+    """
+    state = checkpoints.read_checkpoint(folder)
+    model, fingerprint = state["model"], state.get("data", {}).get("fingerprint")
+    if None not in (fingerprint, dataset.fingerprint) and fingerprint != dataset.fingerprint:
+        if to_train:
+            return growth_of(folder, args.data_dir, args.new_rows)
+        raise UserError(f"{folder} was trained on rows encoded with another vocabulary than those of --data_dir "
+                        f"{args.data_dir}; use the data it was trained on, or encode the raw rows again with "
+                        "tools/encode_rows.py")
+    if (model["fields"], model["table_sizes"], model.get("lists", {})) != (
+            dataset.fields, dataset.table_sizes, dataset.lists):
+        raise UserError(f"{folder} was trained on other fields or table sizes than those of --data_dir "
+                        f"{args.data_dir}; use the data it was trained on")
+    return None
 
 
 def save_dir_of(args):
@@ -1124,7 +1120,8 @@ def start_run(args, dataset):
     if args.resume:
         on_rank0(checkpoints.prepare_resume, save_dir, tables)
     else:
-        on_rank0(checkpoints.prepare_new_run, save_dir, tables, args.model_load_dir, args.overwrite_tables)
+        on_rank0(checkpoints.prepare_new_run, save_dir, tables, args.data_dir, args.model_load_dir,
+                 args.overwrite_tables)
     started = checkpoints.read_run(save_dir)
     found = checkpoints.find_checkpoints(save_dir) if args.resume else {}
     if not found:
@@ -1162,7 +1159,7 @@ def run(args):
     if args.predict:
         trainer, _ = open_checkpoint(args, args.model_load_dir)
         describe(trainer)
-        return predict(trainer)
+        return write_predictions(trainer)
     num_samples = {split: getattr(args, f"num_{split}_samples") for split in SPLITS}
     dataset = read_dataset(args.data_dir, args.table_size_array, num_samples)
     if args.eval_only:

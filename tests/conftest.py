@@ -22,9 +22,10 @@ ROWS = 32  # batch size of `make_trainer`
 
 
 def pytest_configure(config):
-    from tools.trainer.startup import avoid_launch_race
+    from tools.trainer import startup
 
-    avoid_launch_race()  # graphs here are tiny
+    startup.avoid_launch_race()  # graphs here are tiny
+    startup.calm_scheduler = lambda: None  # what starts a graph must not be displaced, see there
     for category in ("FutureWarning", "DeprecationWarning"):  # petastorm uses pyarrow's old interfaces
         config.addinivalue_line("filterwarnings", f"ignore::{category}:petastorm")
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import make_parser, make_store_options, parse_args
+from tools.trainer import arguments
 
 REQUIRED = ["--data_dir", "data", "--persistent_path", "t", "--persistent_path_fm", "f"]
 PROMISED = {  # names and defaults that users already have in scripts
@@ -75,7 +76,7 @@ MISTAKES = [
     (["--disable_fusedmlp", "False", "--device", "cpu"], "--disable_fusedmlp False needs a CUDA device"),
     (["--predict", "x"], "--predict and --predict_output go together"),
     (["--predict", "x", "--predict_output", "y"], "--predict needs --model_load_dir"),
-    (["--predict", "x", "--predict_output", "."], "--predict_output . is a folder"),
+    (["--predict", "x", "--predict_output", ".", "--model_load_dir", "z"], "--predict_output . is a folder"),
     (["--predict", "x", "--predict_output", "y", "--eval_only"], "--predict and --eval_only are two things"),
     (["--eval_only"], "--eval_only needs --model_load_dir"),
     (["--resume"], "--resume needs --model_save_dir"),
@@ -125,7 +126,7 @@ def test_environment_of_a_broken_launcher(name, value):
 
 
 def test_batch_that_the_processes_cannot_share(capsys, monkeypatch):
-    monkeypatch.setattr(trainer_module, "world_size", lambda: 3)
+    monkeypatch.setattr(arguments, "world_size", lambda: 3)
     with pytest.raises(SystemExit):
         parse_args([*REQUIRED, "--batch_size", "100"])
     assert "--batch_size 100 is not divisible by 3 processes; use a multiple of 3" in capsys.readouterr().err

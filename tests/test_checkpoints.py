@@ -457,7 +457,7 @@ def test_numbers_that_are_not_finite_are_refused(fails, finished, shared_dataset
     np.savez(best / "dense.npz", **saved)
     options = ["--model_load_dir", best, "--skip_checksums"]
     error = fails(shared_dataset_dir, work, "--eval_only", *options)
-    assert re.search(r"(\d+) of \1 probabilities of val are not numbers", error)
+    assert re.search(r"(\d+) of \1 probabilities are not numbers", error)
     target = tmp_path / "out.parquet"
     predict = ["--predict", shared_dataset_dir / "test", "--predict_output", target]
     assert "are not numbers" in fails(shared_dataset_dir, work, *predict, *options) and not target.exists()
@@ -743,7 +743,7 @@ def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("patch", [
     "module.checkpoints.np.savez = lambda *_, **__: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
-    "def fail(*_): raise shutil.Error([('from', 'to', 'No space left on device')] * 9)\nshutil.copytree = fail",
+    "def fail(*_, **__): raise shutil.Error([('from', 'to', 'No space left on device')] * 9)\nshutil.copytree = fail",
 ])
 def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_dir, tmp_path, patch):
     """shutil.copytree raises one error with a list of all its files."""

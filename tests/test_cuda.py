@@ -95,7 +95,7 @@ def test_steps_equal_the_reference(shared_dataset_dir, tmp_path, monkeypatch, st
     enlarge_rows(on_cpu.model)
     reference = Reference(values_of(on_cpu.model), on_cpu.args.learning_rate, max_grad_norm=float(clip))
     reference.lazy = True  # on CUDA also with clipping
-    prepare_new_run(saver.save_dir, saver.stores)
+    prepare_new_run(saver.save_dir, saver.stores, str(shared_dataset_dir))
     saver.save(on_cpu, ["start"])
 
     # OneFlow keeps a table until the process ends, and takes no second one of its name

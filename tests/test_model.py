@@ -8,6 +8,7 @@ from reference import second_order_by_loops
 from deepfm_train_eval import DNN, FM, Cuda, build_model, make_tables, parse_args
 from tools.trainer.batches import draw_masks, keep_probability
 from tools.trainer.cpu import Cpu, initial_rows
+from tools.trainer.dataset import Dataset
 
 CPU = Cpu()
 
@@ -32,7 +33,7 @@ def test_parameter_count_of_the_published_network():
     """BARS DeepFM_criteo_x4_001: 20,112,037 parameters, 910,708 x 17 of them in the tables."""
     args = parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", "--device", "cpu"])
     tables = make_tables(args, 910_708)
-    model = build_model(args, CPU, tables, 39)
+    model = build_model(args, CPU, tables, Dataset({}, [f"f{f}" for f in range(39)], [910_708] + [0] * 38))
     dense = sum(parameter.numel() for parameter in model.dense_parameters())
     rows = [table.weight.shape for table in model.tables().values()]
     assert rows == [(910_709, 16), (910_709, 1)]  # with a padding row that is no parameter of the model

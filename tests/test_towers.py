@@ -28,9 +28,9 @@ class Cross(nn.Module):
         return flow.matmul(x * flow.matmul(x, self.weight) + self.bias + x, self.out)
 
 build = module.build_model
-def build_model(args, device, tables, num_fields):
-    model = build(args, device, tables, num_fields)
-    towers = {{"cross": Cross(device, num_fields * args.embedding_vec_size)}}
+def build_model(args, device, tables, dataset):
+    model = build(args, device, tables, dataset)
+    towers = {{"cross": Cross(device, len(dataset.fields) * args.embedding_vec_size)}}
     return module.DeepFM(device, model.embedding, model.embedding_fm, model.dnn, towers)
 module.build_model = build_model
 

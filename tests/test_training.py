@@ -105,7 +105,7 @@ def test_seed_of_the_initial_values(shared_dataset_dir, tmp_path):
     for seed in ("1", "1", "2"):
         trainer = make_trainer(shared_dataset_dir, tmp_path, "--seed", seed)
         tables = trainer_module.make_tables(trainer.args, trainer.dataset.num_ids)
-        runs.append(values_of(trainer_module.build_model(trainer.args, trainer.device, tables, 3)))
+        runs.append(values_of(trainer_module.build_model(trainer.args, trainer.device, tables, trainer.dataset)))
     for name, values in runs[0].items():
         assert (values == runs[1][name]).all()
         assert ("bias" in name) == (values == runs[2][name]).all(), name
@@ -249,7 +249,7 @@ def test_learning_rate_cut_and_checkpoint_keep_the_dynamic_loss_scale(shared_dat
         trainer.train_step(batch)
     [scale] = [value for name, value in trainer.current_optimizer_state().items() if name.endswith("-LossScale")]
     assert scale.to_local().numpy() == 2.0**12  # doubled twice, once in each graph
-    prepare_new_run(trainer.checkpointer.save_dir, trainer.checkpointer.stores)
+    prepare_new_run(trainer.checkpointer.save_dir, trainer.checkpointer.stores, str(shared_dataset_dir))
     trainer.checkpointer.save(trainer, ["checkpoint"])
     folder = f"{trainer.checkpointer.save_dir}/checkpoint"
     resumed, _ = trainer_module.start_trainer(trainer.args, trainer.dataset, folder)

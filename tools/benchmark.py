@@ -7,6 +7,7 @@
     python tools/benchmark.py eval
     python tools/benchmark.py scale
     python tools/benchmark.py scale --save_rows 10000000
+    python tools/benchmark.py serve --peer /path/to/python/with/torch
     python tools/benchmark.py convert --num_rows 500000 --peer /path/to/python/with/fuxictr
 
 prints a table, one line per job, of medians over --repeats runs; the jobs take turns, so that a slow spell of the
@@ -27,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+import benchmark_serving
 from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
 
 from tools.trainer import cli
@@ -564,6 +566,25 @@ def scale_checkpoint(args):
     write_json(args.json, {"settings": settings(args), "runs": results})
 
 
+# ---------------------------------------------------------------------------------------------------------------- serve
+
+
+def serve(args):
+    """Requests of 1, 32 and 1000 rows to exported models, with raw columns and with ids, one core each, and a peer."""
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        work = Path(work)
+        models, ids = benchmark_serving.make_models(work, args)
+
+        def peer(name, spec):
+            return run_measured([args.peer, WORKERS, name, json.dumps(spec)])
+
+        results = take_turns(benchmark_serving.jobs_of(work, models, ids, args, worker, peer), args.repeats)
+        rows = benchmark_serving.table_of(results, models)
+    print(f"{ids} ids x (16 + 1), DNN {args.dnn}, one core")
+    print_table(["job", "rows", "p50 ms", "p99 ms", "rows/s", "times PyTorch", "load s", "file MB"], rows)
+    write_json(args.json, {"settings": settings(args), "ids": ids, "runs": results})
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
@@ -628,6 +649,13 @@ def parse_args(argv=None):
                      [1_000_000, 10_000_000, 33_000_000], int_list)
     add_run_options(command, steps=12)
     command.add_argument("--save_rows", type=natural, help="measure a checkpoint of so many table rows instead")
+    add_shared_options(command)
+
+    command = add_command(serve, "serve", "exported models: time per request, load time, file size")
+    command.add_argument("--num_rows", type=natural, default=700_000, help="raw rows of which the model gets its ids")
+    command.add_argument("--dnn", type=int_list, default=[1000] * 5, help="hidden units of the DNN")
+    command.add_argument("--seconds", type=number(float, 0.01), default=2.0, help="time for each number of rows")
+    command.add_argument("--peer", help="a Python that has torch: a plain PyTorch DeepFM is measured in turns")
     add_shared_options(command)
 
     command = add_command(convert, "convert", "the converters")

@@ -95,6 +95,16 @@ def make_raw(folder, num_rows):
     (folder / "train.txt").unlink()
 
 
+def make_served_data(work, num_rows):
+    """A Criteo dataset in work/data in which every token of train has an id; its raw rows are in work/raw."""
+    raw, data = Path(work) / "raw", Path(work) / "data"
+    raw.mkdir()
+    make_raw(raw, num_rows)
+    subprocess.run([sys.executable, TOOLS / "criteo_parquet.py", "--input_dir", raw, "--output_dir", data,
+                    "--min_categr_count", "1"], check=True, stdout=subprocess.DEVNULL)
+    return data
+
+
 def make_h5(dataset_dir, folder):
     """The dataset that criteo_parquet.py made, as the h5 files of FuxiCTR 2.0 (one array per column, local ids)."""
     import h5py
@@ -159,26 +169,9 @@ def peer_worker(spec):
     import torch
     from torch import nn
 
-    class DeepFM(nn.Module):
-        def __init__(self, rows, fields, dim, hidden, dropout):
-            super().__init__()
-            self.embedding, self.first = nn.Embedding(rows, dim), nn.Embedding(rows, 1)
-            for table in (self.embedding, self.first):
-                nn.init.normal_(table.weight, std=1e-4)
-            sizes, layers = [fields * dim, *hidden], []
-            for fan_in, fan_out in zip(sizes, hidden):
-                layers += [nn.Linear(fan_in, fan_out), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
-            self.dnn = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
-
-        def forward(self, ids):
-            x = self.embedding(ids)
-            total = x.sum(1)
-            pairs = 0.5 * ((total * total).sum(1, keepdim=True) - (x * x).flatten(1).sum(1, keepdim=True))
-            return self.first(ids).sum(1) + pairs + self.dnn(x.flatten(1))
-
     with np.load(spec["batches"]) as file:
         ids, labels = torch.from_numpy(file["ids"]), torch.from_numpy(file["labels"])
-    model = DeepFM(spec["table_rows"], spec["fields"], 16, spec["dnn"], spec["net_dropout"])
+    model = torch_deepfm(spec["table_rows"], spec["fields"], spec["dnn"], spec["net_dropout"])
     adam, bce = torch.optim.Adam(model.parameters(), lr=1e-3), nn.BCEWithLogitsLoss()
     recipe = spec["updates"] == "recipe"
     for step in range(spec["warmup"] + spec["steps"]):
@@ -194,6 +187,30 @@ def peer_worker(spec):
         adam.step()
     ms = 1000 * (time.perf_counter() - start) / spec["steps"]
     return {"ms_per_step": ms, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def torch_deepfm(rows, fields, hidden, dropout, dim=16):
+    """A plain DeepFM for a Python that has torch: ids (B, F) -> logits (B, 1)"""
+    from torch import nn
+
+    class DeepFM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.first = nn.Embedding(rows, dim), nn.Embedding(rows, 1)
+            for table in (self.embedding, self.first):
+                nn.init.normal_(table.weight, std=1e-4)
+            sizes, layers = [fields * dim, *hidden], []
+            for fan_in, fan_out in zip(sizes, hidden):
+                layers += [nn.Linear(fan_in, fan_out), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
+            self.dnn = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+        def forward(self, ids):
+            x = self.embedding(ids)
+            total = x.sum(1)
+            pairs = 0.5 * ((total * total).sum(1, keepdim=True) - (x * x).flatten(1).sum(1, keepdim=True))
+            return self.first(ids).sum(1) + pairs + self.dnn(x.flatten(1))
+
+    return DeepFM()
 
 
 def floor_worker(spec):
@@ -308,8 +325,51 @@ def checkpoint_worker(spec):
             "bytes_per_row": size / rows}  # fmt: skip
 
 
+def serve_worker(spec):
+    """An exported model on one core: seconds to load it, and of requests of each number of rows; see `requests`."""
+    os.sched_setaffinity(0, {spec["core"]})
+    sys.path.insert(0, str(TOOLS.parent))
+    from tools.serving.onnx_rows import OnnxModel
+
+    start = time.perf_counter()
+    model = OnnxModel(spec["model"], threads=1)
+    loaded = time.perf_counter() - start
+    [raw] = model.open(spec["rows"])
+    table = raw.table(next(raw.blocks()), model.types(), lambda cells: None)
+    feed = model.feed(table)
+    return {"load_seconds": loaded, **requests(spec, table.num_rows, lambda rows: model.run(
+        {name: values[rows] for name, values in feed.items()}))}
+
+
+def serve_peer_worker(spec):
+    """A plain PyTorch DeepFM in eval mode on ids, on one core, with random weights."""
+    import torch
+
+    os.sched_setaffinity(0, {spec["core"]})
+    torch.set_num_threads(1)
+    model = torch_deepfm(spec["table_rows"], spec["fields"], spec["dnn"], 0.0).eval()
+    ids = torch.randint(0, spec["table_rows"], (4096, spec["fields"]))
+    with torch.inference_mode():
+        return requests(spec, len(ids), lambda rows: torch.sigmoid(model(ids[rows])).numpy())
+
+
+def requests(spec, available, run):
+    """{"1": [seconds, ...], ...}: requests of so many rows, one after another for spec["seconds"] each."""
+    found = {}
+    for size in spec["sizes"]:
+        times, start, place = [], time.perf_counter(), 0
+        while time.perf_counter() - start < spec["seconds"] or len(times) < 20:
+            begin = time.perf_counter()
+            run(slice(place, place + size))
+            times.append(time.perf_counter() - begin)
+            place = (place + size) % (available - size)
+        found[str(size)] = times[len(times) // 10:]  # the first ones warm up
+    return found
+
+
 WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "loader": loader_worker,
-           "metrics": metrics_worker, "checkpoint": checkpoint_worker}  # fmt: skip
+           "metrics": metrics_worker, "checkpoint": checkpoint_worker, "serve": serve_worker,
+           "serve_peer": serve_peer_worker}  # fmt: skip
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in WORKERS:

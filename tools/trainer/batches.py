@@ -1,7 +1,7 @@
 """From rows to batches: shuffling in a pool, equal shares for the processes, dropout masks, reading ahead.
 
 Rows come from a function `read_rows(dataset, split, lane, num_lanes, seed)`, the seam for other file formats. It yields
-blocks, tuples of arrays with one row per sample: (ids int32 or int64 (n, F), labels float32 (n,)). A lane is every
+blocks, tuples of arrays with one row per sample: (ids int32 or int64 (n, C), labels float32 (n,)). A lane is every
 num_lanes-th row group; seed: None reads them in order, a positive number in a random order of its own.
 Batches know nothing of OneFlow. rank and world_size: number of this process, number of processes.
 """
@@ -21,7 +21,7 @@ MAX_LANES = 8  # the converters make a multiple of 8 row groups
 class Batch:
     """What one process feeds for one step. b = B / number of processes; rows behind `num_valid` are padding.
 
-    Attributes: ids int64 (b, F), labels float32 (b, 1), weights float32 (b, 1): 1 / valid rows of the global batch, 0
+    Attributes: ids int64 (b, C), labels float32 (b, 1), weights float32 (b, 1): 1 / valid rows of the global batch, 0
     for padding; num_valid: valid rows of this process; num_global: valid rows over all; masks: dropout masks, see
     `draw_masks`.
     """
@@ -29,8 +29,7 @@ class Batch:
     __slots__ = ("ids", "labels", "weights", "num_valid", "num_global", "masks")
 
     def __init__(self, parts, size, num_global, pad_id):
-        num_fields = parts[0][0].shape[1]
-        self.ids = np.full((size, num_fields), pad_id, np.int64)
+        self.ids = np.full((size, parts[0][0].shape[1]), pad_id, np.int64)
         self.labels = np.zeros((size, 1), np.float32)
         self.weights = np.zeros((size, 1), np.float32)
         position = 0
@@ -178,7 +177,7 @@ def share_of(parts, batch_size, rank, world_size):
 
 
 def no_rows(dataset):
-    return np.empty((0, len(dataset.fields)), np.int64), np.empty(0, np.float32)
+    return np.empty((0, len(dataset.columns)), np.int64), np.empty(0, np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- dropout masks

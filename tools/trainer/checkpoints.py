@@ -1,8 +1,10 @@
 """Checkpoints: save, load, resume, prune. Knows files and names, never the model.
 
 A checkpoint is a folder in --model_save_dir: state.json (what the model is, where the run was, which table snapshots
-belong to it, checksums) and dense.npz (all tensors but the tables', Adam's moments among them). Rows of the tables lie
-in snapshots under the persistent paths. Everything gets its name by a rename when all of it is on disk.
+belong to it, checksums), dense.npz (all tensors but the tables', Adam's moments among them) and encoder/ (the
+dataset_info.json and vocabulary/ of the data). Rows of the tables lie in snapshots under the persistent paths, which
+state.json names, relative to the checkpoint's folder where they lie in it. Everything gets its name by a rename when
+all of it is on disk.
 
 Order of a save, in which every process takes part in every step:
   1. each writes its rows of every table; the first one makes them a snapshot when all have written
@@ -27,10 +29,12 @@ import numpy as np
 from tools.trainer.cli import UserError, brief, first_line
 from tools.trainer.files import checksum, count, list_folder, read_json, rename_for_good, sync, write_json
 from tools.trainer.processes import all_agree, barrier, on_rank0, print_rank0, rank, sum_over_processes, world_size
+from tools.trainer.tables import SIZE_FACTOR, TableStore, row_bytes_in
 
 FORMAT = 2  # 1 has dense/ as flow.save writes it, and no checksums
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
 STAGING, NEW, OLD = ".deepfm-staging", ".deepfm-new-", ".deepfm-old-"  # names of what is not finished
+ENCODER = "encoder"  # in a checkpoint; in the folder of a run it is .deepfm-encoder
 USE_ANOTHER = "use another checkpoint"
 
 
@@ -46,10 +50,11 @@ def snapshot_name(value):
 
 BEST = {"epoch": count, "step": count, "auc": finite, "logloss": finite}
 TABLE = {"path": str, "snapshot": snapshot_name, "processes": lambda n: count(n) and 0 < n < 10**6,
-         "rows": (count, None), "checksum?": (count, None)}
+         "rows": (count, None), "checksum?": (count, None), "dim?": lambda n: count(n) and 0 < n < 10**6}
 STATE = {
     "format_version": lambda version: version in (1, FORMAT), "digest?": str,
-    "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0]},
+    "data?": {"dir": str, "fingerprint": (str, None)},
+    "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0], "lists?": {"*": [str]}},
     "run": {"run_id": str, "processes": count, "batch_size": count},
     "progress": {"step": count, "epoch": count, "step_in_epoch": count, "best": (BEST, None)},
     "plateau": {"learning_rate": finite, "best": (finite, None), "epochs_to_cut": count, "epochs_to_stop": count,
@@ -165,7 +170,7 @@ def publish(staging, names, folder):
     for name in names:
         final, old, copy = (os.path.join(folder, prefix + name) for prefix in ("", OLD, NEW))
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(staging, copy)
+        shutil.copytree(staging, copy, copy_function=link_encoder)
         sync(copy)
         if os.path.exists(final):
             shutil.rmtree(old, ignore_errors=True)
@@ -173,6 +178,33 @@ def publish(staging, names, folder):
         rename_for_good(copy, final)
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(staging)
+
+
+def link_encoder(source, target):
+    """Copy a file of a checkpoint; vocabularies, which never change, are linked where the file system can."""
+    if os.sep + ENCODER + os.sep in source:
+        try:
+            return os.link(source, target)
+        except OSError:
+            pass
+    return shutil.copy2(source, target)
+
+
+def keep_encoder(data_dir, save_dir):
+    """Copy what says how the data was encoded to the folder of a run, where its checkpoints link to it.
+
+    Data without a fingerprint, as earlier versions made it, has nothing to copy.
+    """
+    target = os.path.join(save_dir, f".deepfm-{ENCODER}")
+    shutil.rmtree(target, ignore_errors=True)
+    path = os.path.join(data_dir, "dataset_info.json")
+    if not os.path.exists(path) or "fingerprint" not in (info := read_json(path, {}, "convert the data again")):
+        return
+    os.makedirs(os.path.join(target, "vocabulary"))
+    files = [field["encoding"].get("vocabulary") for field in info["fields"]]
+    for name in ["dataset_info.json", *filter(None, files)]:
+        shutil.copyfile(os.path.join(data_dir, name), os.path.join(target, name))
+    sync(target)
 
 
 def remove_checkpoint(folder, name):
@@ -199,7 +231,7 @@ class Checkpointer:
     """Saves and loads what a trainer hands over; all processes call its methods together.
 
     The trainer offers: step; state(): parts of state.json; dense_tensors(): {name: array}; save_rows(store, snapshot);
-    load_dense({name: array}, folder, to_train); load_rows(store, saved, to_train), saved being a table's entry.
+    load_dense({name: array}, folder, to_train); load_rows(store, snapshot, blocks of (ids, rows), to_train).
     stores: the tables; run_id: prefix of the run's snapshots; keep: number of periodic checkpoints;
     appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading.
     """
@@ -228,13 +260,16 @@ class Checkpointer:
         """A table's entry in state.json."""
         value = all_agree(store.write_checksums, snapshot)
         rows, _ = all_agree(store.check_snapshot, snapshot, world_size(), False)
-        return {"path": os.path.abspath(store.path), "snapshot": snapshot, "processes": world_size(),
+        return {"path": os.path.abspath(store.path), "dim": store.dim, "snapshot": snapshot, "processes": world_size(),
                 "rows": int(sum_over_processes(rows)), "checksum": int(sum_over_processes(value))}
 
     def write(self, names, state, dense):
         staging = os.path.join(self.save_dir, STAGING)
         shutil.rmtree(staging, ignore_errors=True)
         os.makedirs(staging)
+        encoder = os.path.join(self.save_dir, f".deepfm-{ENCODER}")
+        if os.path.isdir(encoder):
+            shutil.copytree(encoder, os.path.join(staging, ENCODER), copy_function=link_encoder)
         path = os.path.join(staging, "dense.npz")
         np.savez(path, **dense)
         files = {"dense.npz": {"bytes": os.path.getsize(path), "crc32": checksum(path)}}
@@ -261,19 +296,22 @@ class Checkpointer:
             store.prune(own - needed, keep_last_chunk=self.appends)
         barrier()
 
-    def prepare(self, folder, copy_rows):
-        """Check the snapshots of a checkpoint; copy_rows: where OneEmbedding will look for them (CUDA)."""
+    def prepare(self, folder, copy_rows, growth=None):
+        """Check the snapshots of a checkpoint; copy_rows: to where OneEmbedding will look for them (CUDA).
+
+        growth: how rows move, where the data has grown since; also for `load`.
+        """
         state = read_checkpoint(folder)
         for store in self.stores:
             saved = state["tables"][store.name]
-            source = self.holder(store, saved)
-            if source is not store:
+            source = self.holder(store, saved, folder, growth)
+            if source.path != store.path:
                 print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
             self.check_rows(source, saved)
             here = os.path.join(store.folder(rank(), world_size()), "snapshots")
-            if copy_rows and saved["snapshot"] not in list_folder(here):
-                blocks = source.read_snapshot(saved["snapshot"], saved["processes"]) if rank() == 0 else ()
-                store.write_snapshot(saved["snapshot"], blocks)
+            name = name_here(saved, growth)
+            if copy_rows and name not in list_folder(here):
+                store.write_snapshot(name, rows_of(source, saved, growth) if rank() == 0 else ())
 
     def check_rows(self, source, saved):
         """Raise a UserError unless a snapshot is whole and the one that the checkpoint names."""
@@ -287,19 +325,55 @@ class Checkpointer:
             raise UserError(f"the table snapshot {saved['snapshot']} in {source.path} is not the one that was saved "
                             f"with the checkpoint; {USE_ANOTHER}")
 
-    def holder(self, store, saved):
+    def holder(self, store, saved, folder, growth=None):
         """The store that holds a checkpoint's snapshot: this run's, or the one that it was saved to."""
-        return store if saved["snapshot"] in store.snapshots() else store.at(saved["path"])
+        num_ids = len(growth.places) if growth else None
+        path = store.path if saved["snapshot"] in store.snapshots() else table_path(folder, saved)
+        return store.at(path, num_ids)
 
-    def load(self, trainer, folder, to_train=True):
+    def load(self, trainer, folder, to_train=True, growth=None):
         """Hand a checkpoint's tensors and rows to the trainer, after `prepare`, Adam's moments only to train."""
         state = read_checkpoint(folder)
         trainer.load_dense(read_dense(folder, state, self.checksums), folder, to_train)
         for store in self.stores:
             saved = state["tables"][store.name]
-            trainer.load_rows(self.holder(store, saved), saved, to_train)
+            blocks = rows_of(self.holder(store, saved, folder, growth), saved, growth)
+            trainer.load_rows(store, name_here(saved, growth), blocks, to_train)
         trainer.step = state["progress"]["step"]
         barrier()
+
+
+def name_here(saved, growth):
+    """What a checkpoint's snapshot is called among a run's own, where it has been copied for OneEmbedding."""
+    return saved["snapshot"] + ("-grown" if growth else "")
+
+
+def rows_of(source, saved, growth):
+    """Blocks of (ids, rows) of a snapshot, as ids of the tables that they are for."""
+    blocks = source.read_snapshot(saved["snapshot"], saved["processes"])
+    return growth.blocks(blocks) if growth else blocks
+
+
+def table_path(folder, saved):
+    """Folder of a table's rows by its entry in the state.json of a checkpoint."""
+    return os.path.normpath(os.path.join(find_folder(folder), saved["path"]))
+
+
+def saved_tables(folder, state, checksums=True):
+    """TableStores of a checkpoint's tables, where they were saved, after a check of their files. Raises: UserError"""
+    stores = []
+    for name, saved in state["tables"].items():
+        path = table_path(folder, saved)
+        dim = saved.get("dim") or width_of(path, saved)
+        stores.append(TableStore(name, "persistent_path", path, dim, sum(state["model"]["table_sizes"])))
+        Checkpointer(None, [], checksums=checksums).check_rows(stores[-1], saved)
+    return stores
+
+
+def width_of(path, saved):
+    """Floats of a value in a table that an earlier version saved."""
+    store = TableStore("", "persistent_path", path, 0, 0)
+    return row_bytes_in(store.folder(0, saved["processes"])) // (4 * SIZE_FACTOR)
 
 
 def reason_of(error):
@@ -330,7 +404,7 @@ def mark_saved(save_dir):
         write_json(run_file(save_dir), {**run, "saved": True})
 
 
-def prepare_new_run(save_dir, stores, load_dir=None, overwrite=False):
+def prepare_new_run(save_dir, stores, data_dir, load_dir=None, overwrite=False):
     """Make sure that nothing of another run is overwritten or mixed in, and mark the folder as this run's.
 
     Runs on the first process. Raises: UserError when the folders hold another run's rows or checkpoints.
@@ -354,6 +428,7 @@ def prepare_new_run(save_dir, stores, load_dir=None, overwrite=False):
         store.remove_scratch()
     os.makedirs(save_dir, exist_ok=True)
     clean_save_dir(save_dir)
+    keep_encoder(data_dir, save_dir)
     start = load_dir and os.path.abspath(load_dir)
     write_json(run_file(save_dir), {"run_id": uuid.uuid4().hex[:8], "model_load_dir": start, "saved": False})
 

@@ -180,11 +180,11 @@ class Cpu:
         arrays = [None if tensor is None else tensor.detach().to_local().numpy() for tensor in (table, *moments)]
         store.write_snapshot(snapshot, blocks_of_rows(arrays, store.num_ids))
 
-    def load_rows(self, table, store, saved, with_moments):
-        """Fill this process's rows from a snapshot of any number of processes; returns {"m": tensor, "v": tensor}."""
+    def load_rows(self, table, store, snapshot, blocks, with_moments):
+        """Fill this process's rows from blocks of (ids, rows) of the table; returns {"m": tensor, "v": tensor}."""
         value = table.detach().to_local().numpy()
         moments = [np.zeros_like(value) for _ in range(2 if with_moments else 0)]
-        fill_rows([value, *moments], store.num_ids, store.read_snapshot(saved["snapshot"], saved["processes"]))
+        fill_rows([value, *moments], store.num_ids, blocks)
         return {name: to_split(array, self.placement) for name, array in zip("mv", moments)}
 
     def draw_masks(self, *_):

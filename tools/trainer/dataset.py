@@ -3,7 +3,8 @@
     DATA_DIR/dataset_info.json            fields, table sizes, numbers of rows
     DATA_DIR/{train,val,test}/*.parquet   a Label column and integer columns of global ids, one per field
 
-A global id is the id within the field's table plus the sizes of the tables before it. Without dataset_info.json every
+A global id is the id within the field's table plus the sizes of the tables before it. A field of lists has several
+columns that share its table; the first id of the table stands for an absent element. Without dataset_info.json every
 column but Label is a field.
 """
 
@@ -30,7 +31,7 @@ def size(value):
 
 INFO_SCHEMA = {  # of dataset_info.json; format 2 also says how raw values become ids
     "format_version?": lambda version: version in (1, 2), "num_samples": dict.fromkeys(SPLITS, size),
-    "fields": [{"name": str, "table_size": size, "offset": count}]}
+    "fields": [{"name": str, "table_size": size, "offset": count, "columns?": [str]}], "fingerprint?": (str, None)}
 
 
 class QuotedPaths(FileSystem):
@@ -123,15 +124,28 @@ def read_metadata(path):
 class Dataset:
     """Splits with the same fields.
 
-    Attributes: splits {name: Split}, fields (names, which are also the columns of ids), table_sizes (rows per field),
-    offsets int64 (F+1): field f owns the ids [offsets[f], offsets[f + 1]).
+    Attributes: splits {name: Split}, fields (names), table_sizes (rows per field), offsets int64 (F+1): field f owns
+    the ids [offsets[f], offsets[f + 1]); columns: names of the C columns of ids, by field; field_of: number of each
+    column's field; fingerprint of the encoding, or None where it is not known.
     """
 
-    def __init__(self, splits, fields, table_sizes):
+    def __init__(self, splits, fields, table_sizes, lists=None, fingerprint=None):
+        """lists: {field: its columns} of the fields of lists."""
         self.splits = splits
         self.fields = fields
         self.table_sizes = table_sizes
+        self.lists = lists or {}
+        self.fingerprint = fingerprint
         self.offsets = np.concatenate([[0], np.cumsum(table_sizes)]).astype(np.int64)
+        groups = [self.lists.get(field, [field]) for field in fields]
+        self.columns = [column for group in groups for column in group]
+        self.field_of = [f for f, group in enumerate(groups) for _ in group]
+
+    def list_columns(self):
+        """[(first column, last column + 1, id of an absent element)] of the fields of lists"""
+        starts = [self.columns.index(columns[0]) for columns in self.lists.values()]
+        return [(start, start + len(columns), int(self.offsets[self.field_of[start]]))
+                for start, columns in zip(starts, self.lists.values())]
 
     @property
     def num_ids(self):
@@ -152,7 +166,7 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None):
         raise UserError(f"--data_dir {data_dir} is not a folder; it should hold train/, val/ and test/")
     info = read_dataset_info(data_dir)
     splits = {name: Split(os.path.join(data_dir, name), name) for name in SPLITS}
-    fields = find_fields(info, splits, data_dir)
+    fields, lists = find_fields(info, splits, data_dir)
     table_sizes = agreed(table_sizes, info.get("table_sizes"), "--table_size_array")
     if len(table_sizes) != len(fields):
         raise UserError(f"--table_size_array has {len(table_sizes)} values, expected {len(fields)}: {shorten(fields)}")
@@ -162,14 +176,16 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None):
         if expected != split.num_rows:
             raise UserError(f"{option} is {expected}, but the files in {data_dir}/{name} have {split.num_rows} rows; "
                             "correct the number or check --data_dir")
-    dataset = Dataset(splits, fields, table_sizes)
+    dataset = Dataset(splits, fields, table_sizes, lists, info.get("fingerprint"))
     for split in splits.values():
         check_columns(dataset, split)
     return dataset
 
 
 def read_dataset_info(data_dir):
-    """{"fields": names, "table_sizes", "num_samples": {split: rows}} of dataset_info.json; {} where there is none.
+    """What the trainer needs of dataset_info.json; {} where there is none.
+
+    Returns: {"fields": names, "table_sizes", "lists": {field: columns}, "num_samples": {split: rows}, "fingerprint"}.
 
     Raises: UserError when the file is not what a converter writes.
     """
@@ -185,14 +201,17 @@ def read_dataset_info(data_dir):
     if not names or len(set(names)) < len(names) or LABEL in names:
         raise UserError(f"{path} names the fields {shorten(names)}, expected names that differ, none of them {LABEL}; "
                         f"{advice}")
-    return {"fields": names, "table_sizes": sizes, "num_samples": info["num_samples"]}
+    lists = {field["name"]: field["columns"] for field in info["fields"] if field.get("columns")}
+    return {"fields": names, "table_sizes": sizes, "lists": lists, "num_samples": info["num_samples"],
+            "fingerprint": info.get("fingerprint")}
 
 
 def find_fields(info, splits, data_dir):
-    """Names of the fields, which every split must have beside the label."""
-    fields = info.get("fields") or columns_of_fields(splits["train"])
+    """(names of the fields, {field of lists: its columns}); every split must have their columns, and the label."""
+    fields, lists = info.get("fields") or columns_of_fields(splits["train"]), info.get("lists", {})
+    wanted = [column for field in fields for column in lists.get(field, [field])]
     for split in splits.values():
-        missing = [name for name in (LABEL, *fields) if name not in split.columns]
+        missing = [name for name in (LABEL, *wanted) if name not in split.columns]
         if missing:
             raise UserError(f"{split.files[0]} lacks the column{'s' * (len(missing) > 1)} {shorten(missing)}; its "
                             f"columns are {shorten(split.columns)}")
@@ -202,11 +221,11 @@ def find_fields(info, splits, data_dir):
                             f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
         raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
-    unusable = [name for name in fields if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    unusable = [name for name in wanted if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
     if unusable:
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")
-    return fields
+    return fields, lists
 
 
 def columns_of_fields(split):
@@ -230,16 +249,16 @@ def agreed(argument, from_info, name):
 def check_columns(dataset, split):
     """Check ids and labels by the files' types and statistics, before rows are read, which are checked once more."""
     for path, schema in zip(split.files, split.schemas):
-        for name in dataset.fields + ([LABEL] if split.labelled else []):
+        for name in dataset.columns + ([LABEL] if split.labelled else []):
             kind = schema.field(name).type
             is_id = pa.types.is_signed_integer(kind) or pa.types.is_uint8(kind)  # petastorm drops the other unsigned
             if not (is_id or name == LABEL and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))):
                 raise UserError(f"column {name} of {path} is of type {kind}, expected "
                                 f"{'numbers' if name == LABEL else 'signed integers'}; convert the data again")
-    for f, field in enumerate(dataset.fields):
-        bounds = split.column_range(field)
+    for column in range(len(dataset.columns)):
+        bounds = split.column_range(dataset.columns[column])
         if bounds:
-            check_ids(dataset, split, f, *bounds)
+            check_ids(dataset, split, column, *bounds)
     bounds = split.column_range(LABEL) if split.labelled else None
     if bounds and not 0 <= bounds[0] <= bounds[1] <= 1:
         raise UserError(f"the labels of the {split.name} split go from {bounds[0] + 0:g} to {bounds[1]:g}, "
@@ -248,15 +267,17 @@ def check_columns(dataset, split):
         raise UserError(f"all labels of the {split.name} split are {bounds[1]:g}; AUC needs both 0 and 1")
 
 
-def check_ids(dataset, split, f, low, high):
-    """Raise a UserError unless low and high, the extremes of field number f, are ids of that field."""
-    if low >= dataset.offsets[f] and high < dataset.offsets[f + 1]:
+def check_ids(dataset, split, column, low, high):
+    """Raise a UserError unless low and high, the extremes of the column of that number, are ids of its field."""
+    field = dataset.field_of[column]
+    if low >= dataset.offsets[field] and high < dataset.offsets[field + 1]:
         return
+    name = dataset.columns[column]
     if np.isnan(low):  # a missing id is read as NaN
-        raise UserError(f"field {dataset.fields[f]} of the {split.name} split has rows without an id; "
-                        "convert the data again")
-    raise UserError(f"field {dataset.fields[f]} of the {split.name} split has ids from {low} to {high}, expected "
-                    f"[{dataset.offsets[f]}, {dataset.offsets[f + 1]}); check --table_size_array or convert again")
+        raise UserError(f"field {name} of the {split.name} split has rows without an id; convert the data again")
+    raise UserError(f"field {name} of the {split.name} split has ids from {low} to {high}, expected "
+                    f"[{dataset.offsets[field]}, {dataset.offsets[field + 1]}); check --table_size_array, or convert "
+                    "again")
 
 
 def check_labels(split, labels):

@@ -121,29 +121,30 @@ def without_harmless_lines():
         filter_process.wait()
 
 
-def load_library():
-    """Load OneFlow's library, which puts a handler of Ctrl-C in place that ends the process at once, and undo that."""
-    folder = os.path.dirname(importlib.util.find_spec("oneflow").origin)
-    [name] = [name for name in os.listdir(folder) if name.startswith("_oneflow_internal") and name.endswith(".so")]
+@contextmanager
+def interrupts_held():
+    """Let Ctrl-C wait for the end, and find the handler that was there before.
+
+    OneFlow's library sets a handler of its own that ends the process at once, in whichever thread gets the signal.
+    Threads that libraries start inside never get it.
+    """
     interrupt = signal.getsignal(signal.SIGINT)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        ctypes.CDLL(os.path.join(folder, name))
+        yield
+    finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)
-    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def import_oneflow():
-    """`import oneflow` without its side effects on this process: environment, Ctrl-C, messages."""
+    """`import oneflow` without its side effects on this process: environment, messages."""
     environment = dict(os.environ)
-    wait_for_first_process()
     if not is_launched():
         for name in LAUNCH_VARIABLES:  # some of them are set for other programs
             os.environ.pop(name, None)
     with without_harmless_lines():
-        load_library()
         import oneflow
 
         oneflow.cuda.is_available()  # looks for a driver, and says so, once
@@ -153,8 +154,10 @@ def import_oneflow():
     return oneflow
 
 
-BLAS = preload_blas()
-flow = import_oneflow()
+wait_for_first_process()
+with interrupts_held():
+    BLAS = preload_blas()
+    flow = import_oneflow()
 
 
 # ------------------------------------------------------------------------------------------------------------ for a run
@@ -163,10 +166,15 @@ flow = import_oneflow()
 def prepare_run(on_cpu):
     """Schedule this process's threads for a training or scoring run; not for a process that has other work too."""
     avoid_launch_race()
-    with without_harmless_lines():  # OneFlow looks for a driver again
-        use_one_compute_thread()
+    prepare_graphs()
     if on_cpu:
         calm_scheduler()
+
+
+def prepare_graphs():
+    """What graphs need in any process, before the first one is compiled."""
+    with without_harmless_lines():  # OneFlow looks for a driver again
+        use_one_compute_thread()
 
 
 def avoid_launch_race():

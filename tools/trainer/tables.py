@@ -25,6 +25,7 @@ CHUNK_BYTES = 4 << 30  # of values, OneFlow's default
 SIZE_FILES = ("KEY_SIZE", "VALUE_SIZE", "PHYSICAL_BLOCK_SIZE", "NUM_LOGICAL_BLOCKS_PER_CHUNK")
 MARKS = (*SIZE_FILES, "LOCK")  # of a folder that OneEmbedding or this module made
 MAX_CHUNKS = 1 << 20
+GROWTH_ROWS = 1 << 16  # new rows that are made at a time
 SCRATCH = ".deepfm-writing-"
 
 
@@ -39,9 +40,9 @@ class TableStore:
         self.name, self.option, self.path, self.dim, self.num_ids = name, option, path, dim, num_ids
         self.known = {}  # {path: (bytes, CRC-32)} of what was written before
 
-    def at(self, path):
-        """The same table at another place."""
-        return TableStore(self.name, self.option, path, self.dim, self.num_ids)
+    def at(self, path, num_ids=None):
+        """The same table at another place, or with another number of rows."""
+        return TableStore(self.name, self.option, path, self.dim, num_ids or self.num_ids)
 
     def folder(self, process, processes):
         """Where OneEmbedding keeps a process's rows (key_value_store_options.h): 3-8, but 03-16."""
@@ -216,6 +217,33 @@ class TableStore:
                     self.known.pop(path, None)
                     with suppress(FileNotFoundError):
                         os.remove(path)
+
+
+class Growth:
+    """How the rows of a table move to the table of a dataset that grew.
+
+    places: int64 (ids of the old table): the new id of each row. new_ids: int64 (m): ids that no row goes to; origins:
+    int64 (m): the old row whose values they begin with; both are empty where they are to begin as in a new table.
+    """
+
+    def __init__(self, places, new_ids, origins):
+        self.places, self.new_ids, self.origins = places, new_ids, origins
+
+    def blocks(self, blocks):
+        """Yield (ids, rows) of the grown table for those of the old one; new rows have no moments yet."""
+        found = {}
+        for keys, rows in blocks:
+            for place in np.flatnonzero(np.isin(keys, self.origins)):
+                found[int(keys[place])] = rows[place].copy()
+            yield self.places[keys], rows
+        for start in range(0, len(self.new_ids), GROWTH_ROWS):
+            part = slice(start, start + GROWTH_ROWS)
+            known = np.array([origin in found for origin in self.origins[part].tolist()], bool)
+            origins = self.origins[part][known]
+            if len(origins):
+                rows = np.stack([found[origin] for origin in origins.tolist()])
+                rows[:, rows.shape[1] // SIZE_FACTOR:] = 0
+                yield self.new_ids[part][known], rows
 
 
 # --------------------------------------------------------------------------------------------------- files of a folder

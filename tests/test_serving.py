@@ -1,0 +1,392 @@
+"""A trained model on rows of any form: ids and raw rows, into files, from Python, as ONNX, moved, on grown data."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import encode_rows
+import export_embeddings
+import numpy as np
+import pack_checkpoint
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import table_to_parquet
+from conftest import ROOT
+
+import deepfm_train_eval as trainer_module
+from tools.converter.encoders import Encoder
+from tools.trainer import checkpoints
+from tools.trainer.cli import UserError
+
+USERS = [f"u{i}" for i in range(60)] + ["日本 ü", 'with "quotes", and comma', "a token of more than eight bytes"]
+TRAIN = ["--device", "cpu", "--dnn", "12,8", "--embedding_vec_size", "4", "--batch_size", "200", "--learning_rate",
+         "0.01", "--train_batches", "30", "--batch_norm"]
+
+
+def write_rows(path, rows, seed, users=USERS, labelled=True):
+    """A CSV of seven columns with missing values, negative integers, non-ASCII and long tokens."""
+    rng = np.random.default_rng(seed)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clicked"] * labelled + ["user", "item", "price", "age", "genres", "request"])
+        for row in range(rows):
+            user, item = rng.integers(len(users)), int(rng.geometric(0.1)) - 5
+            label = int(rng.random() < (0.15 + 0.7 * (user % 2)))
+            price = "" if rng.random() < 0.1 else f"{rng.lognormal(2, 2) - 3:.3f}"
+            age = "" if rng.random() < 0.1 else str(int(rng.integers(-2, 90)))
+            genres = "|".join(rng.choice(["pop", "rock", "é", "a very long genre"], rng.integers(0, 5)))
+            writer.writerow([label] * labelled + ["" if rng.random() < 0.05 else users[user], item, price, age, genres,
+                                                  f"r{row}"])
+    return path
+
+
+def convert(folder, *inputs, base=None):
+    options = ["--label", "clicked", "--categorical", "user,item", "--numeric", "price,age", "--numeric_bins",
+               "price=9", "--list", "genres", "--list_length", "3", "--list_separator", "|", "--keep", "request",
+               "--min_count", "3", "--val_share", "0.2", "--test_share", "0.2"]
+    options = ["--base", str(base)] if base else options
+    inputs = [word for path in inputs for word in ("--input", str(path))]
+    assert table_to_parquet.main([*inputs, "--output_dir", str(folder), *options]) == 0
+    return folder
+
+
+def train(data, work, *options):
+    trainer_module.main(["--data_dir", str(data), "--persistent_path", f"{work}/t", "--persistent_path_fm", f"{work}/f",
+                         "--model_save_dir", f"{work}/save", *TRAIN, *map(str, options)])
+    return work / "save" / "best_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory):
+    """A folder with data (converted), a trained model (best) and new.csv, rows with tokens that it has never seen."""
+    folder = tmp_path_factory.mktemp("day")
+    convert(folder / "data", write_rows(folder / "day1.csv", 3000, 1))
+    write_rows(folder / "new.csv", 450, 2, [*USERS[:40], "never seen", "auch nie: ß"])
+    train(folder / "data", folder)
+    return folder
+
+
+def best(day):
+    return str(day / "save" / "best_checkpoint")
+
+
+def predict(day, rows, output, *options, checkpoint=None):
+    trainer_module.main(["--model_load_dir", str(checkpoint or best(day)), "--predict", str(rows), "--predict_output",
+                         str(output), "--device", "cpu", "--batch_size", "64", *options])
+    return pa_csv.read_csv(output) if str(output).endswith(".csv") else pq.read_table(output)
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd):
+    """Run the trainer; it must stop with one error line, which is returned."""
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def run(*options):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            trainer_module.main([str(option) for option in options])
+        [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code in (1, 2)
+        return error
+
+    return run
+
+
+def ids_in(folder, columns):
+    table = pq.read_table(folder)
+    return np.stack([table[name].to_numpy() for name in columns], axis=1)
+
+
+# ------------------------------------------------------------------------------------------------------- all ways agree
+
+
+def test_all_ways_to_score_agree(day, tmp_path):
+    """Ids, raw text, raw parquet, from Python with ids and with a DataFrame, ONNX with ids and with raw columns."""
+    assert encode_rows.main(["--dataset", str(day / "data"), "--input", str(day / "new.csv"), "--output_dir",
+                             str(tmp_path / "ids")]) == 0
+    scores = {"ids": predict(day, tmp_path / "ids", tmp_path / "ids.parquet")["probability"].to_numpy()}
+    raw = predict(day, day / "new.csv", tmp_path / "raw.csv", "--keep_columns", "request,clicked,user")
+    assert raw.column_names == ["probability", "request", "clicked", "user"]
+    frame = pd.read_csv(day / "new.csv", dtype={"user": str}, keep_default_na=False, na_values={
+        name: [""] for name in ("user", "price", "age")})
+    assert raw["request"].to_pylist() == list(frame["request"])
+    assert raw["clicked"].to_pylist() == list(frame["clicked"])
+    scores["raw text"] = raw["probability"].to_numpy()
+    frame.to_parquet(tmp_path / "raw.parquet")
+    scores["raw parquet"] = predict(day, tmp_path / "raw.parquet", tmp_path / "p.parquet")["probability"].to_numpy()
+    model = trainer_module.load(best(day), "cpu")
+    ids = ids_in(tmp_path / "ids", model.columns)
+    assert model.columns == ["user", "item", "price", "age", "genres_0", "genres_1", "genres_2"]
+    scores["load, ids"], scores["load, frame"] = model.predict(ids), model.predict(frame)
+    scores["load, one by one"] = np.concatenate([model.predict(ids[row:row + 1]) for row in range(20)] +
+                                                [model.predict(ids[20:])])
+    scores.update(onnx_scores(day, tmp_path, ids))
+    assert len(scores) == (8 if has_onnx() else 6)
+    expected = scores["ids"]
+    assert expected.dtype == np.float32 and len(expected) == 450 and expected.std() > 0.01
+    for name, values in scores.items():
+        assert np.abs(values - expected).max() < 1e-6, name
+
+
+def has_onnx():
+    try:
+        import onnx
+        import onnxruntime
+
+        return bool(onnx and onnxruntime)
+    except ImportError:
+        return False
+
+
+def onnx_scores(day, tmp_path, ids):
+    """{way: probabilities} of exported files by score_onnx.py, where onnx is installed."""
+    if not has_onnx():
+        return {}
+    import export_onnx
+    import score_onnx
+
+    found = {}
+    for inputs, rows in (("raw", day / "new.csv"), ("ids", tmp_path / "ids")):
+        path, output = tmp_path / f"{inputs}.onnx", tmp_path / f"{inputs}_scores.parquet"
+        assert export_onnx.main(["--model_load_dir", best(day), "--output", str(path), "--inputs", inputs, "--device",
+                                 "cpu"]) == 0
+        assert score_onnx.main([str(path), str(rows), "--output", str(output), "--threads", "1"]) == 0
+        found[f"onnx, {inputs}"] = pq.read_table(output)["probability"].to_numpy()
+    return found
+
+
+def test_val_rows_score_as_in_training(day, tmp_path):
+    """The encoder's copy in the checkpoint gives the ids that training saw, for rows it was made from."""
+    model = trainer_module.load(best(day), "cpu")
+    frame = pd.read_csv(day / "day1.csv", dtype=str, keep_default_na=False).set_index("request")
+    val = pq.read_table(day / "data" / "val").to_pandas()
+    rows = frame.loc[val["request"]]
+    assert (model.encode(rows[model.raw_columns]) == val[model.columns].to_numpy()).all()
+
+
+def test_state_of_this_process_stays(day):
+    before = dict(os.environ)
+    trainer_module.load(best(day), "cpu").predict(np.zeros((0, 7), np.int64))
+    assert dict(os.environ) == before
+
+
+# ------------------------------------------------------------------------------------------------- what is not expected
+
+
+@pytest.mark.parametrize("ids, message", [
+    (np.zeros(7, np.int64), r"ids of shape \(7,\) and type int64, expected integers of shape \(n, 7\)"),
+    (np.zeros((2, 6), np.int64), "of shape"), (np.zeros((2, 7)), "type float64"),
+    (np.array([[0, 1, 2, 3, 4, 5, 6]]), r"row 0: item is 1, expected \["),
+])
+def test_wrong_ids_raise(day, ids, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_module.load(best(day), "cpu").predict(ids)
+
+
+def test_wrong_raw_values_raise(day):
+    model = trainer_module.load(best(day), "cpu")
+    row = {"user": ["u1"], "item": [3], "price": ["1.5"], "age": [20], "genres": ["pop"]}
+    assert model.predict(row).shape == (1,)
+    with pytest.raises(ValueError, match="row 0: price is 'dear', expected a number, or nothing"):
+        model.predict({**row, "price": ["dear"]})
+    with pytest.raises(UserError, match="no column age"):
+        model.predict({name: values for name, values in row.items() if name != "age"})
+
+
+def test_output_files(day, tmp_path, fails):
+    target = tmp_path / "out.parquet"
+    predict(day, day / "new.csv", target)
+    before = target.read_bytes()
+    options = ["--model_load_dir", best(day), "--predict", day / "new.csv", "--predict_output", target]
+    assert "exists already; name another file or add --overwrite" in fails(*options)
+    assert target.read_bytes() == before
+    bad = tmp_path / "bad.csv"
+    bad.write_text((day / "new.csv").read_text(encoding="utf-8") + "1,u1,3,dear,20,pop,r\n", encoding="utf-8")
+    options[3] = bad
+    assert "bad.csv, line 452: price is 'dear', expected a number" in fails(*options, "--overwrite")
+    assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("out.parquet.part") == 0
+    assert predict(day, day / "new.csv", target, "--overwrite").num_rows == 450
+    assert "no column 'none'" in fails(*options[:3], day / "new.csv", "--predict_output", tmp_path / "x",
+                                       "--keep_columns", "none")
+
+
+def test_unknown_values_and_ids(day, tmp_path, fails, capfd):
+    predict(day, day / "new.csv", tmp_path / "a.parquet")
+    assert "values that it does not know: user " in capfd.readouterr().out
+    options = ["--model_load_dir", best(day), "--predict_output", tmp_path / "b.parquet", "--predict"]
+    error = fails(*options, day / "new.csv", "--unknown_ids", "error")
+    assert "has values that the model does not know (user " in error
+    model = trainer_module.load(best(day), "cpu")
+    table = pq.read_table(day / "data" / "test").to_pandas()
+    table.loc[3, "user"] = 10**6
+    table.to_parquet(tmp_path / "ids.parquet")
+    shutil.copy(day / "data" / "dataset_info.json", tmp_path)
+    assert "column user has ids outside its table, the first in row 3" in fails(*options, tmp_path / "ids.parquet")
+    found = predict(day, tmp_path / "ids.parquet", tmp_path / "c.parquet", "--unknown_ids", "oov")["probability"]
+    table.loc[3, "user"] = model.encoder.fields[0].oov
+    expected = model.predict(table[model.columns].to_numpy())
+    assert np.abs(found.to_numpy() - expected).max() < 1e-6
+
+
+def test_another_vocabulary_is_refused(day, tmp_path, fails):
+    """Also where the sizes of all tables agree: the other dataset has the same tokens in another order."""
+    other = tmp_path / "other"
+    shutil.copytree(day / "data", other)
+    encoder = Encoder.load(other)
+    path = other / "vocabulary" / "user.parquet"
+    table = pq.read_table(path).to_pandas()
+    table["token"] = table["token"].to_numpy()[::-1]
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path)
+    field = encoder.fields[0]
+    field.read(other, len(table))
+    from tools.converter.encoders import fingerprint
+
+    info = json.loads((other / "dataset_info.json").read_text(encoding="utf-8"))
+    info["fields"][0]["fingerprint"], info["fingerprint"] = field.digest(), fingerprint(encoder.fields)
+    (other / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    options = ["--data_dir", other, "--model_load_dir", best(day), "--device", "cpu"]
+    assert "encoded with another vocabulary" in fails(*options, "--eval_only")
+    places = ["--persistent_path", tmp_path / "t", "--persistent_path_fm", tmp_path / "f"]
+    assert "did not grow out of the one" in fails(*options, *places)
+    assert "encoded with another vocabulary" in fails(
+        "--model_load_dir", best(day), "--predict", other / "test", "--predict_output", tmp_path / "x")
+
+
+# ----------------------------------------------------------------------------------------------- moved, and looked into
+
+
+def test_packed_checkpoint_works_anywhere(day, tmp_path):
+    assert pack_checkpoint.main(["--model_load_dir", best(day), "--output_dir", str(tmp_path / "packed")]) == 0
+    expected = predict(day, day / "new.csv", tmp_path / "a.parquet")
+    moved = tmp_path / "elsewhere" / "model"
+    moved.parent.mkdir()
+    (tmp_path / "packed").rename(moved)
+    for path in moved.rglob("*"):
+        assert str(day / "save") not in str(path)
+    hidden = day.with_name("hidden")
+    day.rename(hidden)  # nothing of the original is needed
+    try:
+        found = predict(day, hidden / "new.csv", tmp_path / "b.parquet", checkpoint=moved)
+        assert found.equals(expected)
+        trainer_module.main(["--data_dir", str(hidden / "data"), "--model_load_dir", str(moved), "--eval_only",
+                             "--device", "cpu"])
+    finally:
+        hidden.rename(day)
+    assert pack_checkpoint.main(["--model_load_dir", best(day), "--output_dir", str(moved)]) == 1
+
+
+def test_embeddings(day, tmp_path):
+    path = tmp_path / "embeddings.parquet"
+    assert export_embeddings.main(["--model_load_dir", best(day), "--output", str(path)]) == 0
+    table, encoder = pq.read_table(path).to_pandas(), Encoder.load(day / "data")
+    assert table["global_id"].tolist() == list(range(len(table))) and table["field"].unique().tolist() == [
+        field.name for field in encoder.fields]
+    vocabulary = pq.read_table(day / "data" / "vocabulary" / "user.parquet").to_pandas()
+    users = table[table.field == "user"].dropna(subset=["token"])
+    assert (users[["token", "id", "count"]].to_numpy() == vocabulary[["token", "id", "count"]].to_numpy()).all()
+    model = trainer_module.load(best(day), "cpu").trainer.model
+    rows = model.embedding.weight.to_local().numpy()[:-1]
+    assert (np.stack(table["vector"]) == rows).all()
+    assert (table["first_order"].to_numpy() == model.embedding_fm.weight.to_local().numpy()[:-1, 0]).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- growth
+
+
+@pytest.fixture(scope="module")
+def grown(day, tmp_path_factory):
+    """The data of a second day, with new users, grown out of the first."""
+    folder = tmp_path_factory.mktemp("grown")
+    write_rows(folder / "day2.csv", 3000, 3, [*USERS, *(f"new{i}" for i in range(20))])
+    return convert(folder / "data", folder / "day2.csv", base=day / "data")
+
+
+def rows_of(checkpoint):
+    """{table: {id: row}}"""
+    state, found = checkpoints.read_checkpoint(str(checkpoint)), {}
+    for store in checkpoints.saved_tables(str(checkpoint), state):
+        saved = state["tables"][store.name]
+        blocks = store.read_snapshot(saved["snapshot"], saved["processes"])
+        found[store.name] = {int(key): row.copy() for keys, rows in blocks for key, row in zip(keys, rows)}
+    return found
+
+
+@pytest.mark.parametrize("new_rows", ["oov", "normal"])
+def test_rows_move_to_their_new_ids(day, grown, tmp_path, new_rows):
+    start = train(grown, tmp_path, "--model_load_dir", best(day), "--new_rows", new_rows, "--save_initial_model",
+                  "--train_batches", "1").with_name("initial_checkpoint")
+    old, new = Encoder.load(day / "data"), Encoder.load(grown)
+    before, after = rows_of(best(day)), rows_of(start)
+    assert len(new.fields[0].vocabulary) >= len(old.fields[0].vocabulary) + 15
+    for table, dim in (("embedding", 4), ("embedding_fm", 1)):
+        assert len(after[table]) == sum(field.table_size for field in new.fields)
+        for was, now in zip(old.fields, new.fields):
+            first, second = old.offsets[was.name], new.offsets[now.name]
+            for local in range(was.table_size):
+                moved = now.oov if local == was.oov else local
+                assert np.array_equal(before[table][first + local], after[table][second + moved]), (was.name, local)
+            oov = before[table][first + was.oov] if was.oov is not None else None
+            for local in range(was.oov or 0, now.oov or 0):  # tokens of the second day
+                row = after[table][second + local]
+                assert not row[dim:].any()
+                assert np.array_equal(row[:dim], oov[:dim]) if new_rows == "oov" else 0 < np.abs(row[:dim]).max() < 1e-3
+
+
+def test_a_new_day_continues_from_the_day_before(day, grown, tmp_path, capfd):
+    """One epoch from the first day's model is better than one epoch from nothing; and it can be exported and scored."""
+    scores = {}
+    for name, options in (("from nothing", []), ("from day 1", ["--model_load_dir", best(day)])):
+        capfd.readouterr()
+        checkpoint = train(grown, tmp_path / name, "--train_batches", "9", *options)
+        line = [line for line in capfd.readouterr().out.splitlines() if "test AUC" in line][-1]
+        scores[name] = float(line.split("test AUC ")[1].split(",")[0])
+    assert scores["from day 1"] > scores["from nothing"] + 0.02
+    resumed = ["--resume", "--train_batches", "6"]
+    assert train(grown, tmp_path / "from day 1", *resumed).exists()
+    assert predict(day, grown / "test", tmp_path / "p.parquet", checkpoint=checkpoint).num_rows > 100
+
+
+def test_rows_of_grown_data_on_the_old_model(day, grown, tmp_path, fails):
+    options = ["--model_load_dir", best(day), "--predict", grown / "test", "--predict_output", tmp_path / "p.parquet"]
+    assert "has grown since the model was trained; add --unknown_ids oov" in fails(*options)
+    found = predict(day, grown / "test", tmp_path / "p.parquet", "--unknown_ids", "oov")["probability"].to_numpy()
+    frame = pd.read_csv(grown.parent / "day2.csv", dtype=str, keep_default_na=False).set_index("request")
+    rows = frame.loc[pq.read_table(grown / "test")["request"].to_pylist()]
+    assert np.abs(found - trainer_module.load(best(day), "cpu").predict(rows)).max() < 1e-6
+    assert "another vocabulary" in fails("--data_dir", grown, "--model_load_dir", best(day), "--eval_only")
+
+
+def test_score_onnx_needs_no_oneflow(day, tmp_path):
+    """Nor pandas, scikit-learn or petastorm: it runs where onnxruntime, numpy and pyarrow are."""
+    if not has_onnx():
+        pytest.skip("onnx and onnxruntime are not installed")
+    import export_onnx
+
+    path = tmp_path / "model.onnx"
+    assert export_onnx.main(["--model_load_dir", best(day), "--output", str(path), "--device", "cpu"]) == 0
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("oneflow", "pandas", "sklearn", "scipy", "petastorm", "psutil", "tqdm", "onnx"):
+            raise ImportError(name + " must not be needed")
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import score_onnx
+sys.exit(score_onnx.main([{str(path)!r}, {str(day / "new.csv")!r}]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == '"probability"' and len(lines) == 451
+    expected = predict(day, day / "new.csv", tmp_path / "p.parquet")["probability"].to_numpy()
+    assert np.abs(np.array(lines[1:], float) - expected).max() < 1e-6

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Score rows with a model of export_onnx.py, without OneFlow: it takes onnxruntime, numpy and pyarrow on any CPython.
+
+    python tools/score_onnx.py model.onnx rows.csv > probabilities.csv
+    python tools/score_onnx.py model.onnx rows/ --output probabilities.parquet --keep_columns request_id
+
+writes `probability`, one a row in their order, and the columns that are kept. Rows are files, or folders of files, of
+what the model takes: raw columns (text, also .gz and .zst, or parquet) or ids (parquet, or text with a header).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+from tools.trainer import cli
+
+if __name__ == "__main__":
+    cli.start_script()  # imports take seconds
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from tools.serving.onnx_rows import OnnxModel
+from tools.serving.output import PredictionFile, check_output, prediction_schema
+from tools.trainer.cli import UserError, name_list, number
+
+
+class Printed:
+    """The same as a PredictionFile, on stdout as CSV."""
+
+    def __init__(self, kept):
+        self.schema = prediction_schema(kept)
+        self.writer = pa_csv.CSVWriter(pa.PythonFile(sys.stdout.buffer, "w"), self.schema)
+
+    def write(self, probs, kept):
+        columns = [pa.array(probs), *(kept.columns if kept is not None else [])]
+        self.writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.writer.close()
+        sys.stdout.flush()
+
+
+def kept_schema(raws, keep):
+    """pyarrow schema of the columns to keep."""
+    missing = [name for raw in raws for name in keep if name not in raw.columns]
+    if missing:
+        raise UserError(f"--keep_columns {missing[0]} is not a column of the rows")
+    return pa.schema([pa.field(name, pa.string() if raws[0].is_text else raws[0].types[name]) for name in keep])
+
+
+def score(args):
+    if args.output:
+        check_output(args.output, args.overwrite, "--output")
+    model = OnnxModel(args.model, args.threads)
+    raws = [raw for path in args.rows for raw in model.open(path)]
+    keep = args.keep_columns or []
+    kept = kept_schema(raws, keep)
+    with PredictionFile(args.output, kept) if args.output else Printed(kept) as file:
+        for raw in raws:
+            for probs, columns in model.blocks(raw, keep):
+                file.write(probs, columns)
+    if args.output:
+        print(f"wrote {args.output}: {file.rows} rows")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("model", metavar="MODEL.onnx", help="file that export_onnx.py made")
+    parser.add_argument("rows", nargs="+", metavar="ROWS", help="file or folder of rows")
+    parser.add_argument("--output", metavar="FILE",
+                        help="file to write, CSV where it ends in .csv, else parquet; default: CSV on stdout")
+    parser.add_argument("--keep_columns", type=name_list, metavar="NAME,NAME", help="columns to write beside")
+    parser.add_argument("--threads", type=number(int, 0, 1024), default=0,
+                        help="threads to compute with; 0: one a core")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return cli.run_tool(lambda: score(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

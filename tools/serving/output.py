@@ -1,0 +1,61 @@
+"""A file of predictions, written as the rows come, that has its name only when it is whole."""
+
+import os
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from tools.trainer.cli import UserError
+
+
+def prediction_schema(kept):
+    return pa.schema([pa.field("probability", pa.float32()), *kept])
+
+
+class PredictionFile:
+    """Parquet, or CSV where the name ends in .csv: column `probability` (float32), then the columns that are kept.
+
+    Use it as a context manager: a normal exit gives the file its name, any other removes what was written.
+    """
+
+    def __init__(self, path, kept):
+        self.path, self.part = path, path + ".part"
+        self.schema = prediction_schema(kept)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        if path.lower().endswith(".csv"):
+            options = pa_csv.WriteOptions(quoting_style="needed")
+            self.writer = pa_csv.CSVWriter(self.part, self.schema, write_options=options)
+        else:
+            self.writer = pq.ParquetWriter(self.part, self.schema)
+        self.rows = 0
+
+    def write(self, probs, kept):
+        """probs float32 (n,); kept: Table (n) or None."""
+        columns = kept.columns if kept is not None else []
+        try:
+            self.writer.write_table(pa.Table.from_arrays([pa.array(probs), *columns], schema=self.schema))
+        except pa.ArrowInvalid as error:  # lists in a CSV file
+            raise UserError(f"{self.path} cannot take the columns to keep ({error}); name a .parquet file") from None
+        self.rows += len(probs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self.writer.close()
+            if kind is None:
+                os.replace(self.part, self.path)
+        finally:
+            with suppress(OSError):
+                os.remove(self.part)
+
+
+def check_output(path, overwrite, option="--predict_output"):
+    """Raise a UserError where a file cannot be written under a name."""
+    if os.path.isdir(path):
+        raise UserError(f"{option} {path} is a folder; name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{option} {path} exists already; name another file or add --overwrite")

@@ -57,9 +57,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINER = [sys.executable, str(ROOT / "deepfm_train_eval.py")]
 LAUNCHER = ["bash", str(ROOT / "train_deepfm_criteo_x4.sh")]
 OURS = ("model_save_dir", "persistent_path", "persistent_path_fm", "log_dir", "resume")  # options that a sweep sets
-# options that make no sense in one
-NOT_TRAINING = ("overwrite_tables", "eval_only", "predict", "predict_output", "keep_columns", "unknown_ids", "overwrite")
-LISTS = ("dnn", "table_size_array", "keep_columns")  # options whose values have commas
+NOT_TRAINING = ("overwrite_tables", "eval_only", "predict", "predict_output", "keep_columns", "unknown_ids",
+                "overwrite")  # options that make no sense in one
+LISTS = ("dnn", "table_size_array")  # options whose values have commas
 HEAVY = ("model", "tables", "tables_fm")  # folders of a run that --keep is about
 LONGEST_NAME = 120  # characters of a run's folder
 PATIENCE, MORE_PATIENCE = 60, 10  # seconds that a run may take to end after Ctrl-C, and after a second one

@@ -338,7 +338,8 @@ def test_the_real_trainer_is_interrupted_and_resumed(shared_dataset_dir, capsys)
     assert any(sweep.main(arguments) == 0 for _ in range(3)), capsys.readouterr()
     with open("out/seed_1/output.log") as file:
         assert "Resuming from out/seed_1/model/step_" in file.read()
-    rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    blocks = capsys.readouterr().out.split("\n\n")
+    rows = [line.split() for line in [block for block in blocks if block.startswith("run ")][-1].splitlines()]
     assert [row[0] for row in rows] == ["run", "seed_1", "seed_2"]
     assert [row[rows[0].index("steps")] for row in rows[1:]] == ["140", "140"]
     assert sorted(os.listdir("out/seed_1")) == ["logs", "output.log"]

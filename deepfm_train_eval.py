@@ -16,7 +16,6 @@ H hidden units.
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,6 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, closing, suppress
-from datetime import datetime
 from typing import NamedTuple
 
 from tools.trainer.cli import start_script
@@ -38,13 +36,12 @@ from tools.trainer.startup import flow, prepare_graphs, prepare_run
 # isort: split
 import numpy as np
 import pyarrow as pa
-from sklearn.metrics import roc_auc_score
 
 from tools.serving.growth import growth_of
 from tools.serving.output import check_output
 from tools.serving.predictor import Predictor, write_predictions
-from tools.trainer import checkpoints, cpu, tensors
-from tools.trainer.arguments import check_arguments, could_be_given
+from tools.trainer import checkpoints, cpu, metrics, run_log, tensors
+from tools.trainer.arguments import check_arguments
 from tools.trainer.batches import (
     draw_masks,
     eval_batches,
@@ -58,8 +55,8 @@ from tools.trainer.cli import (
     Parser,
     UserError,
     boolean,
-    brief,
     first_line,
+    float_list,
     int_list,
     name_list,
     number,
@@ -72,13 +69,16 @@ from tools.trainer.dataset import (
     QuotedPaths,
     check_ids,
     check_labels,
+    extra_columns,
     read_dataset,
 )
 from tools.trainer.files import hold, sync
-from tools.trainer.plateau import Plateau
+from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import give_up, on_rank0, print_rank0, progress_bar, rank, to_split, world_size
-from tools.trainer.run_log import MetricsLog, StepClock, describe, host_memory
-from tools.trainer.tables import BLOCK_SIZE, SIZE_FACTOR, TableStore
+from tools.trainer.progress import Progress, trained_epoch
+from tools.trainer.run_record import write_record
+from tools.trainer.schedule import LONGEST, TRAIN_STEP, BiasCorrection, Factors, WarmUp
+from tools.trainer.tables import BLOCK_SIZE, OPTIMIZERS, TableStore
 
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
 for category in (FutureWarning, DeprecationWarning, UserWarning):
@@ -88,10 +88,10 @@ from petastorm import make_batch_reader
 nn = flow.nn
 STORE_TYPES = ("device_mem", "cached_host_mem", "cached_ssd")
 TABLES = {"embedding": "persistent_path", "embedding_fm": "persistent_path_fm"}  # {name: option of its folder}
-ADAM_BETAS = (0.9, 0.999)
-MODEL_OPTIONS = ("embedding_vec_size", "dnn", "batch_norm")  # the model's shape; a checkpoint carries them
-PLATEAU_OPTIONS = ("learning_rate", "patience", "min_delta", "lr_factor", "min_lr", "early_stop_patience")
-SAME_IN_A_RUN = ("seed", "batch_size", "net_dropout", "learning_rate", "embedding_l2", "max_grad_norm")
+# a checkpoint carries the model's shape, the columns of a stored row, and what its predictions are corrected by
+MODEL_OPTIONS = ("embedding_vec_size", "dnn", "batch_norm", "optimizer", "negative_sampling_rate")
+SAME_IN_A_RUN = ("seed", "batch_size", "net_dropout", "learning_rate", "embedding_l2", "max_grad_norm", "monitor",
+                 "warmup_batches", "adam_betas", "adam_epsilon", "weight_column", "negative_sampling_rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,12 @@ def add_model_options(parser):
                           help=f"rows of the {split} split; required unless dataset_info.json has it")
     data.add_argument("--table_size_array", type=int_list,
                       help="rows of every field's table, comma-separated; required unless dataset_info.json has it")
+    data.add_argument("--weight_column", metavar="COLUMN", help="weights of the rows, in the loss and in all metrics")
+    data.add_argument("--group_column", metavar="COLUMN",
+                      help="whole numbers or text, a user id say: val and test get a GAUC, the mean AUC of the groups")
+    data.add_argument("--negative_sampling_rate", type=number(float, 0, 1, open_low=True), default=1.0,
+                      help="share of the rows with label 0 that train kept; probabilities p are then corrected to "
+                           "p / (p + (1 - p) / rate), in evaluation and prediction")
 
     model = parser.add_argument_group("model")
     model.add_argument("--embedding_vec_size", type=POSITIVE, default=16, help="embedding vector size, floats per id")
@@ -132,20 +138,33 @@ def add_model_options(parser):
 
 def add_training_options(parser):
     training = parser.add_argument_group("training")
+    training.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="of all parameters, tables included")
     training.add_argument("--learning_rate", type=number(float, 0, open_low=True), default=0.001,
-                          help="initial learning rate of Adam")
+                          help="initial learning rate")
+    training.add_argument("--warmup_batches", type=number(int, 0, LONGEST), default=0,
+                          help="steps in which the learning rate grows linearly to its initial value")
+    training.add_argument("--adam_betas", type=float_list(2, 0, 0.9999), default="0.9,0.999",
+                          help="decay of Adam's two moments, comma-separated")
+    training.add_argument("--adam_epsilon", type=number(float, 0, open_low=True), default=1.0e-8,
+                          help="Adam's epsilon, beside the root of the second moment")
     training.add_argument("--batch_size", type=POSITIVE, default=10000,
                           help="global training/evaluation batch size, samples per step over all processes")
     training.add_argument("--train_batches", type=POSITIVE, default=75000, help="maximum number of training steps")
-    training.add_argument("--loss_print_interval", type=POSITIVE, default=100, help="steps between two loss lines")
+    training.add_argument("--epochs", type=POSITIVE, help="maximum number of epochs; what ends first counts")
+    training.add_argument("--loss_print_interval", type=POSITIVE, default=100,
+                          help="steps between two loss lines; the loss is the mean over them")
+    training.add_argument("--eval_interval", type=NATURAL, default=0,
+                          help="steps between two evaluations on val; 0: at the end of every epoch")
+    training.add_argument("--monitor", choices=MONITORS, default="auc-logloss",
+                          help="what decides on val which evaluation is the best, when to cut the rate, when to stop")
     training.add_argument("--patience", type=POSITIVE, default=2,
-                          help="epochs without gain in val AUC - logloss after which the learning rate is reduced")
+                          help="evaluations without gain after which the learning rate is reduced")
     training.add_argument("--min_delta", type=number(float, 0), default=1.0e-6, help="smallest change that is a gain")
     training.add_argument("--lr_factor", type=number(float, 0, 1, open_low=True), default=0.1,
                           help="factor of a learning-rate reduction")
     training.add_argument("--min_lr", type=number(float, 0), default=1.0e-6, help="lower bound of the learning rate")
     training.add_argument("--early_stop_patience", type=NATURAL, default=4,
-                          help="epochs without gain after which training stops; 0: never")
+                          help="evaluations without gain after which training stops; 0: never")
     training.add_argument("--embedding_l2", type=number(float, 0), default=0.0,
                           help="L2 weight of both tables: on CPU this/2 * sum of squares over all rows, part of the "
                                "loss (every row is then updated in every step); on CUDA decay of looked-up rows only")
@@ -231,25 +250,8 @@ def parse_args(argv=None):
 
 
 def adopt_model(args, folder):
-    """Take the model's shape and the tables' folders from a checkpoint, where the command line does not give them.
-
-    Returns its state. Raises: UserError where the two contradict each other.
-    """
-    state, parser = checkpoints.read_checkpoint(folder), make_parser()
-    for name in MODEL_OPTIONS:
-        saved = state["model"].get(name, getattr(parser.parse_args([]), name))
-        if not could_be_given(parser, name, saved):
-            raise UserError(f"{folder} has {brief(repr(saved))} for --{name}; {checkpoints.USE_ANOTHER}")
-        if name in args.given and getattr(args, name) != saved:
-            raise UserError(f"{folder} was saved with --{name} {brief(saved)}, now it is {brief(getattr(args, name))}; "
-                            "use the same value, or leave it out")
-        setattr(args, name, saved)
-    for name, option in TABLES.items():
-        if name not in state["tables"]:
-            raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
-        if getattr(args, option) is None:
-            setattr(args, option, checkpoints.table_path(folder, state["tables"][name]))
-    return state
+    """Take the model from a checkpoint where the command line does not describe it; returns its state."""
+    return checkpoints.adopt_model(args, folder, make_parser(), MODEL_OPTIONS, TABLES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,14 +260,14 @@ def adopt_model(args, folder):
 
 
 def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
-    """Yield (ids int32 or int64 (n, C), labels float32 (n,)) per row group with petastorm.
+    """Yield (ids int32 or int64 (n, C), labels float32 (n,), *extras of the split (n,)) per row group with petastorm.
 
     A lane is every num_lanes-th row group. seed: None reads in order, a positive number shuffles the row groups.
     Raises: UserError for an id outside its table or a label that is not 0 or 1.
     """
     lanes = {"cur_shard": lane, "shard_count": num_lanes} if num_lanes > 1 else {}
     dtype = np.int32 if dataset.num_ids < 2**31 - 1 else np.int64
-    wanted = ([LABEL] if split.labelled else []) + dataset.columns
+    wanted = dict.fromkeys([*([LABEL] if split.labelled else []), *dataset.columns, *split.extras.values()])
     # read in the calling thread, which is `prefetched`: petastorm's own threads wake up 1000 times a second to look for
     # work (thread_pool.py, 0.13.1), which cost 5 % of a step's time
     reader = make_batch_reader(
@@ -287,7 +289,7 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
             labels = getattr(group, LABEL).astype(np.float32) if split.labelled else np.zeros(len(ids), np.float32)
             check_labels(split, labels)
             remaining -= len(ids)
-            yield ids, labels
+            yield (ids, labels, *extra_columns(split, group))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read the {split.name} split ({first_line(error)}); a file may be truncated: "
                         "convert or copy it again") from None
@@ -320,9 +322,9 @@ class OneEmbedding(nn.Module):
         return self.device.look_up(self.weight, ids)
 
 
-def make_store_options(store_type, persistent_path, capacity, cache_memory_budget_mb):
-    """OneEmbedding's options of a --store_type; `capacity` is the number of rows over all processes."""
-    common = {"persistent_path": persistent_path, "capacity": capacity, "size_factor": SIZE_FACTOR,
+def make_store_options(store_type, store, capacity, cache_memory_budget_mb):
+    """OneEmbedding's options of a --store_type for a TableStore; capacity: number of rows over all processes."""
+    common = {"persistent_path": store.path, "capacity": capacity, "size_factor": store.size_factor,
               "physical_block_size": BLOCK_SIZE}
     if store_type == "device_mem":
         return flow.one_embedding.make_device_mem_store_options(**common)
@@ -354,7 +356,7 @@ class Cuda:
 
     Keys are int64 (`key_type` must equal the ids' type, one_embedding.py `Embedding.forward`); one lookup per table and
     graph, because the training pass rewrites one lookup with its update; a stored row has 3 x D floats, value, Adam m
-    and Adam v (size factor 3, `MakeConstantInitializerAttr` in replace_embedding_ops_pass.cpp); `capacity` counts rows
+    and Adam v, or 2 x D, value and Adagrad's sum (size factor, one_embedding_update_kernels.cu); `capacity` counts rows
     over all processes, is divided by their number and enlarged by 5 % or 4096 rows (key_value_store_options.h), and the
     full cache does not check it, so it must not be too small; rows live at PATH/<rank>-<number of processes>, snapshots
     at .../snapshots/NAME, and a missing snapshot is only logged, so a checkpoint's is checked before loading; a key
@@ -372,7 +374,7 @@ class Cuda:
     def make_table(self, store, seed, number, store_type, cache_memory_budget_mb):
         """A table of the model; number: of the table in it, so that each has initial values of its own."""
         capacity = store.num_ids + 1  # with the padding row
-        options = make_store_options(store_type, store.path, capacity, cache_memory_budget_mb)
+        options = make_store_options(store_type, store, capacity, cache_memory_budget_mb)
         return OneEmbeddingTable(store.name, store.dim, self.placement, options, 2 * seed + number)
 
     def look_up(self, table, ids):
@@ -400,15 +402,21 @@ class Cuda:
         keep = noise < keep_probability(dropout)
         return [keep[:, int(end - units):int(end)] for end, units in zip(ends, hidden_units)]
 
-    def memory(self):
-        """{"gpu_memory_mb": used memory of the first visible GPU}, {} where nvidia-smi does not say."""
+    def ask_driver(self, name, what, kind):
+        """{name: a property of the first visible GPU}, {} where nvidia-smi does not say it."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with suppress(OSError, ValueError, subprocess.SubprocessError):
             output = subprocess.run(
-                ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=10)
-            return {"gpu_memory_mb": int(output.stdout)}
+                ["nvidia-smi", f"--id={visible}", f"--query-gpu={what}", "--format=csv,noheader,nounits"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=10, text=True)
+            return {name: kind(output.stdout.strip())}
         return {}
+
+    def machine(self):
+        return self.ask_driver("gpu", "name", str)
+
+    def memory(self):
+        return self.ask_driver("gpu_memory_mb", "memory.used", int)
 
     def notes(self, args):
         """Lines for the start of the log."""
@@ -602,7 +610,8 @@ class DeepFM(nn.Module):
 def make_tables(args, num_ids):
     """The records of the model's tables: vectors of the second order and the DNN, weights of the first order."""
     widths = {"embedding": args.embedding_vec_size, "embedding_fm": 1}
-    return [TableStore(name, option, getattr(args, option), widths[name], num_ids) for name, option in TABLES.items()]
+    return [TableStore(name, option, getattr(args, option), widths[name], num_ids, args.optimizer)
+            for name, option in TABLES.items()]
 
 
 def build_model(args, device, tables, dataset):
@@ -620,44 +629,52 @@ def build_model(args, device, tables, dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TableDecayAdam(flow.optim.Adam):
-    """Adam in a graph that adds l2 * w to the gradients of `tables` only, after all gradients were clipped together.
+def decay_tables(optimizer, tables, l2):
+    """Let an optimizer in a graph add l2 * w to the gradients of `tables` only, after all were clipped together.
 
     In a parameter group of their own the tables could have weight_decay, but a group that is clipped must have
     OneEmbedding's tables in it (ClipGradByGlobalNorm in replace_embedding_ops_pass.cpp).
     """
+    generate = optimizer._generate_conf_for_graph
 
-    def __init__(self, groups, tables, l2, **options):
-        super().__init__(groups, **options)
-        self.tables, self.l2 = tables, l2
-
-    def _generate_conf_for_graph(self, train_conf, vars_conf):
-        groups = super()._generate_conf_for_graph(train_conf, vars_conf)
-        for table in self.tables:
-            vars_conf[table].l2 = self.l2
+    def generate_with_decay(train_conf, vars_conf):
+        groups = generate(train_conf, vars_conf)
+        for table in tables:
+            vars_conf[table].l2 = l2
         return groups
 
+    optimizer._generate_conf_for_graph = generate_with_decay
+    return optimizer
 
-def add_optimizer(graph, device, tables, dense, *, learning_rate, embedding_l2, max_grad_norm):
-    """Adam for the parameters of the tables and for all others, the dense ones.
 
-    OneEmbedding moves looked-up rows. So does the lazy update on CPU, but with L2 or clipping every row moves there, as
-    in FuxiCTR. L2 on OneEmbedding's tables decays looked-up rows and is not clipped; on CPU it is `l2_terms`.
+def add_optimizer(graph, device, tables, dense, *, optimizer, learning_rate, betas, epsilon, embedding_l2,
+                  max_grad_norm, warm_up, done):
+    """Adam or Adagrad for the parameters of the tables and for all others, the dense ones.
+
+    OneEmbedding moves looked-up rows. So does Adam's lazy update on CPU, but with L2 or clipping every row moves there,
+    as in FuxiCTR. Adagrad leaves rows alone that have no gradient, so its plain update is lazy in itself. L2 on
+    OneEmbedding's tables decays looked-up rows and is not clipped; on CPU it is `l2_terms`.
+    warm_up: WarmUp or None; done: steps that the optimizer has counted.
     """
     clip = {"clip_grad_max_norm": max_grad_norm, "clip_grad_norm_type": 2.0} if max_grad_norm > 0 else {}
 
-    def adam(parameters, **options):
-        return flow.optim.Adam([{"params": parameters, **options}], lr=learning_rate, betas=ADAM_BETAS)
+    def make(parameters, **options):
+        groups = [{"params": parameters, **options}]
+        if optimizer == "adagrad":
+            return flow.optim.Adagrad(groups, lr=learning_rate)  # epsilon 1e-10, sums begin with 0, as in PyTorch
+        return flow.optim.Adam(groups, lr=learning_rate, betas=betas, eps=epsilon)
+
+    def add(made, *factors, **options):
+        factors = [*factors, *([warm_up] if warm_up else [])]
+        graph.add_optimizer(made, lr_sch=Factors(made, factors, done) if factors else None, **options)
 
     if device.one_embedding:
-        groups = [{"params": tables + dense, **clip}]
-        graph.add_optimizer(TableDecayAdam(groups, tables, embedding_l2, lr=learning_rate, betas=ADAM_BETAS))
-    elif embedding_l2 > 0 or clip:
-        graph.add_optimizer(adam(tables + dense, **clip))
+        add(decay_tables(make(tables + dense, **clip), tables, embedding_l2))
+    elif embedding_l2 > 0 or clip or optimizer == "adagrad":
+        add(make(tables + dense, **clip))
     else:
-        lazy = adam(tables, do_bias_correction=False)
-        graph.add_optimizer(lazy, lr_sch=cpu.BiasCorrection(lazy, ADAM_BETAS), is_sparse=True)
-        graph.add_optimizer(adam(dense))
+        add(make(tables, do_bias_correction=False), BiasCorrection(betas), is_sparse=True)
+        add(make(dense))
 
 
 def l2_terms(device, tables, embedding_l2):
@@ -668,17 +685,18 @@ def l2_terms(device, tables, embedding_l2):
 
 
 class TrainGraph(nn.Graph):
-    """One training step: forward, backward, Adam. The learning rate is compiled in: see `Trainer.make_train_graph`."""
+    """One training step: forward, backward, update. The learning rate is compiled in: see `Trainer.make_train_graph`.
 
-    def __init__(self, model, device, *, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, amp=False,
-                 loss_scale_policy="static"):
+    weighted: whether rows have weights of their own; options: of `add_optimizer`.
+    """
+
+    def __init__(self, model, device, *, weighted, embedding_l2, amp, loss_scale_policy, **options):
         super().__init__()
         self.config.allow_fuse_add_to_output(True)  # adds bias and mask inside the matrix product
-        self.model, self.device, self.embedding_l2 = model, device, embedding_l2
+        self.model, self.device, self.weighted, self.embedding_l2 = model, device, weighted, embedding_l2
         self.loss = nn.BCEWithLogitsLoss(reduction="none")
         tables = [parameter for table in model.tables().values() for parameter in table.parameters()]
-        add_optimizer(self, device, tables, model.dense_parameters(), learning_rate=learning_rate,
-                      embedding_l2=embedding_l2, max_grad_norm=max_grad_norm)
+        add_optimizer(self, device, tables, model.dense_parameters(), embedding_l2=embedding_l2, **options)
         if amp:
             self.config.enable_amp(True)
             self.set_grad_scaler(
@@ -686,30 +704,42 @@ class TrainGraph(nn.Graph):
                 # halves until gradients are finite, doubles after 2000 finite steps
                 flow.amp.GradScaler(init_scale=2.0**30, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000))
 
-    def build(self, ids, labels, weights, *masks):
-        """Shapes as in `Batch`, over all processes -> (loss (), batch statistics...)"""
+    def build(self, ids, labels, weights, *more):
+        """Shapes as in `Batch`, over all processes -> (loss (), [sum of the rows' weights (),] batch statistics...)
+
+        more: [row weights,] dropout masks.
+        """
+        row_weights, masks = more[:self.weighted], more[self.weighted:]
         logits, statistics = self.model(ids, weights, masks)
-        loss = (self.loss(logits, labels) * weights).sum()
+        losses, total = self.loss(logits, labels), []
+        if self.weighted:  # mean over the weights of the global batch; 0 where all of them are 0
+            total = [row_weights[0].sum().to_global(sbp=flow.sbp.broadcast)]
+            loss = (losses * row_weights[0]).sum() / flow.clamp(total[0], min=1e-30)
+        else:
+            loss = (losses * weights).sum()
         objective = loss
         tables = [self.model.embedding.weight, self.model.embedding_fm.weight]
         for term in l2_terms(self.device, tables, self.embedding_l2):
             objective = objective + term
         objective.backward()
-        return (loss.to_global(sbp=flow.sbp.broadcast), *statistics)
+        return (loss.to_global(sbp=flow.sbp.broadcast), *total, *statistics)
 
 
 class EvalGraph(nn.Graph):
-    """Probabilities of one batch, the same on all processes."""
+    """Probabilities of one batch, the same on all processes.
 
-    def __init__(self, model, amp=False):
+    negative_sampling_rate: the odds are multiplied by it, which is p / (p + (1 - p) / rate) for a probability p.
+    """
+
+    def __init__(self, model, amp=False, negative_sampling_rate=1.0):
         super().__init__()
-        self.model = model
+        self.model, self.shift = model, math.log(negative_sampling_rate)
         if amp:
             self.config.enable_amp(True)
 
     def build(self, ids, weights):
         logits, _ = self.model(ids, weights)
-        return flow.sigmoid(logits).to_global(sbp=flow.sbp.broadcast)
+        return flow.sigmoid(logits + self.shift if self.shift else logits).to_global(sbp=flow.sbp.broadcast)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,31 +747,25 @@ class EvalGraph(nn.Graph):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def auc(labels, probs):
-    """Area under the ROC curve; NaN when all labels are equal."""
-    return float(roc_auc_score(labels, probs)) if 0 < labels.sum() < len(labels) else float("nan")
-
-
-def logloss(labels, probs):
-    """Mean negative log-likelihood in nats; scikit-learn's takes more than five times as long."""
-    likelihood = np.where(labels == 1, probs, 1 - probs.astype(np.float64))
-    return float(-np.log(likelihood, out=likelihood).mean())
-
-
 class Metric(NamedTuple):
-    """How a metric is computed from labels and probabilities, float32 (n,), and what the log calls it."""
+    """A function of `metrics.Scores` that gives a number, or None where it does not apply; what the log calls it."""
 
     function: object
     title: str
 
 
-METRICS = {"auc": Metric(auc, "AUC"), "logloss": Metric(logloss, "LogLoss")}  # in the order of the log line
+METRICS = {
+    "auc": Metric(metrics.auc, "AUC"), "logloss": Metric(metrics.logloss, "LogLoss"),  # the log's first line has these
+    "calibration": Metric(metrics.calibration, "pCTR/CTR"), "ece": Metric(metrics.ece, "ECE"),
+    "gauc": Metric(metrics.gauc, "GAUC"), "gauc_left_out": Metric(metrics.left_out, "rows outside GAUC"),
+}
 
 
-def compute_metrics(labels, probs):
-    """{name: value} of METRICS."""
-    probs = np.clip(probs, 1e-7, 1 - 1e-7)  # FuxiCTR's bound
-    return {name: metric.function(labels, probs) for name, metric in METRICS.items()}
+def compute_metrics(scores):
+    """{name: value} of those METRICS that apply to `metrics.Scores`."""
+    scores = metrics.clipped(scores)
+    values = {name: metric.function(scores) for name, metric in METRICS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,17 +773,13 @@ def compute_metrics(labels, probs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """The model with its graphs: steps and scores. tools/trainer/checkpoints.py saves and loads it.
-
-    Attributes that survive in a checkpoint: step (steps taken), epoch (from 1), step_in_epoch, plateau, best (epoch,
-    step and metrics of the best evaluation, or None).
-    """
+class Trainer(Progress):
+    """The model with its graphs: steps and scores. tools/trainer/checkpoints.py saves and loads it."""
 
     def __init__(self, args, dataset, device, tables):
-        self.args, self.dataset, self.device = args, dataset, device
-        self.plateau = Plateau(**{name: getattr(args, name) for name in PLATEAU_OPTIONS})
-        self.step, self.epoch, self.step_in_epoch, self.best = 0, 1, 0, None
+        train = dataset.splits.get("train")
+        super().__init__(args, steps_per_epoch(train, args.batch_size, world_size()) if train else None)
+        self.dataset, self.device = dataset, device
         self.train_graph = self.eval_graph = None
         self.model = build_model(args, device, tables, dataset)
         self.optimizer_state = {}  # what the next training graph is to begin with
@@ -772,10 +792,15 @@ class Trainer:
             self.optimizer_state = self.current_optimizer_state()
         for parameter in self.model.parameters():
             parameter.grad = None  # a gradient of the earlier graph cannot be part of the new one
-        args = self.args
+        args, done = self.args, 0
+        if TRAIN_STEP in self.optimizer_state:  # also those before --model_load_dir, which are not of this run
+            done = int(tensors.to_numpy(self.optimizer_state[TRAIN_STEP]).item())
+        warm_up = WarmUp(args.warmup_batches, done - self.step) if self.step < args.warmup_batches else None
         self.train_graph = TrainGraph(
-            self.model.train(), self.device, learning_rate=self.plateau.learning_rate, embedding_l2=args.embedding_l2,
-            max_grad_norm=args.max_grad_norm, amp=args.amp, loss_scale_policy=args.loss_scale_policy)
+            self.model.train(), self.device, weighted=args.weight_column is not None, optimizer=args.optimizer,
+            learning_rate=self.plateau.learning_rate, warm_up=warm_up, done=done, betas=tuple(args.adam_betas),
+            epsilon=args.adam_epsilon, embedding_l2=args.embedding_l2, max_grad_norm=args.max_grad_norm, amp=args.amp,
+            loss_scale_policy=args.loss_scale_policy)
         tensors.load_graph_state(self.train_graph, self.optimizer_state)
         self.graph_learning_rate = self.plateau.learning_rate
 
@@ -784,11 +809,20 @@ class Trainer:
         return self.optimizer_state if self.train_graph is None else tensors.graph_state(self.train_graph)
 
     def train_step(self, batch):
-        """One step on a `Batch`; returns the loss as a tensor, without waiting for it."""
-        if self.train_graph is None or self.graph_learning_rate != self.plateau.learning_rate:
+        """One step on a `Batch`; returns the loss as a tensor, without waiting for it.
+
+        Sets step_weight: number of samples, or a tensor with the sum of their weights.
+        """
+        is_new = self.train_graph is None or self.graph_learning_rate != self.plateau.learning_rate
+        if is_new:
             self.make_train_graph()
-        arrays = (batch.ids, batch.labels, batch.weights, *batch.masks)
-        loss, *statistics = self.train_graph(*[to_split(array, self.device.placement) for array in arrays])
+        row_weights = [] if batch.row_weights is None else [batch.row_weights]
+        arrays = (batch.ids, batch.labels, batch.weights, *row_weights, *batch.masks)
+        inputs = [to_split(array, self.device.placement) for array in arrays]
+        if is_new:
+            self.compile_seconds = run_log.announced("Compiling the training graph", self.train_graph._compile, *inputs)
+        loss, *statistics = self.train_graph(*inputs)
+        self.step_weight = statistics.pop(0) if row_weights else batch.num_global
         self.step += 1
         self.step_in_epoch += 1
         if statistics:
@@ -807,20 +841,27 @@ class Trainer:
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def predict(self, split):
-        """Score every row of a split once -> (probabilities float32 (n,), labels float32 (n,)), in row order."""
+        """Score every row of a split once, in row order -> `metrics.Scores`"""
         batches = eval_batches(read_rows, self.dataset, split, self.args.batch_size,
                                rank=rank(), world_size=world_size())
-        return self.score(batches, split.num_rows, split.name)
+        probs, columns = self.score(batches, split.num_rows, split.name)
+        return metrics.Scores(probs, **dict(zip(["labels", *split.extras], columns)))
 
     def score(self, batches, num_rows, name):
-        """The same for the pairs that `eval_batches` yields; name: for the progress bar."""
-        probs, labels, done = np.empty(num_rows, np.float32), np.empty(num_rows, np.float32), 0
+        """The same for the pairs that `eval_batches` yields -> (probabilities float32 (n,), [labels (n,), ...])
+
+        name: for the progress bar.
+        """
+        probs, columns, done = np.empty(num_rows, np.float32), None, 0
         with closing(progress_bar(num_rows, " rows", name)) as bar:
-            for batch_probs, batch_labels in self.probabilities(batches):
+            for batch_probs, parts in self.probabilities(batches):
+                columns = columns or [np.empty(num_rows, part.dtype) for part in parts]
                 part = slice(done, done + len(batch_probs))
-                probs[part], labels[part], done = batch_probs, batch_labels, part.stop
+                for column, values in zip([probs, *columns], [batch_probs, *parts]):
+                    column[part] = values
+                done = part.stop
                 bar.update(len(batch_probs))
-        return probs, labels
+        return probs, columns
 
     def probabilities(self, batches):
         """For pairs of (Batch, rest) yield (probabilities float32 (n,) of the whole global batch, rest).
@@ -828,32 +869,33 @@ class Trainer:
         Raises: UserError when a probability is not a number.
         """
         if self.eval_graph is None:
-            self.eval_graph = EvalGraph(self.model.eval(), self.args.amp)
+            self.eval_graph = EvalGraph(self.model.eval(), self.args.amp, self.args.negative_sampling_rate)
         self.model.eval()
         placement, pending = self.device.placement, None
         with prefetched(batches) as stream:
             for batch, rest in stream:
                 output = self.eval_graph(to_split(batch.ids, placement), to_split(batch.weights, placement))
                 if pending:  # one batch behind, so that reading a result does not hold up the next batch
-                    yield finite_probabilities(*pending[:2]), pending[2]
+                    yield tensors.finite_probabilities(*pending[:2]), pending[2]
                 pending = (output, batch.num_global, rest)
         if pending:
-            yield finite_probabilities(*pending[:2]), pending[2]
+            yield tensors.finite_probabilities(*pending[:2]), pending[2]
         self.model.train()
 
     def evaluate(self, split_name, epoch, log=None):
-        """Score a split and print one line -> {metric: value}"""
+        """Score a split and print two lines -> {metric: value}"""
         started = time.time()
-        probs, labels = self.predict(self.dataset.splits[split_name])
-        metrics = compute_metrics(labels, probs)
-        seconds = time.time() - started
-        values = ", ".join(f"{split_name} {METRICS[name].title} {value:.6f}" for name, value in metrics.items())
-        print_rank0(f"Rank[{rank()}], Epoch {epoch}, Step {self.step}, {values}, Samples {len(labels)}, "
-                    f"Eval_time {seconds:.2f} s")
+        scores = self.predict(self.dataset.splits[split_name])
+        values, samples = compute_metrics(scores), len(scores.probs)
+        seconds, texts = time.time() - started, [f"{split_name} {METRICS[name].title} {value:.6f}"
+                                                 for name, value in values.items()]
+        print_rank0(f"Rank[{rank()}], Epoch {epoch}, Step {self.step}, {', '.join(texts[:2])}, Samples {samples}, "
+                    f"Eval_time {seconds:.2f} s\n  {', '.join(texts[2:])}")
         if log:
-            log.write(split_name, self.step, epoch=epoch, **metrics, samples=len(labels), seconds=round(seconds, 3),
-                      host_memory_mb=host_memory(), **self.device.memory())
-        return metrics
+            decides = {"monitor": MONITORS[self.args.monitor].value(values)} if split_name == "val" else {}
+            log.write(split_name, self.step, epoch=epoch, **values, **decides, samples=samples,
+                      seconds=round(seconds, 3), host_memory_mb=run_log.host_memory(), **self.device.memory())
+        return values
 
     # --- what a checkpoint keeps --------------------------------------------------------------------------------------
 
@@ -864,17 +906,10 @@ class Trainer:
             "model": {"fields": dataset.fields, "table_sizes": dataset.table_sizes, "lists": dataset.lists,
                       **{name: getattr(args, name) for name in MODEL_OPTIONS}},
             "data": {"dir": os.path.abspath(args.data_dir), "fingerprint": dataset.fingerprint},
-            "run": {"train_rows": dataset.splits["train"].num_rows,
+            "run": {"train_rows": dataset.splits["train"].num_rows, "train_digest": dataset.train_digest(),
                     **{name: getattr(args, name) for name in SAME_IN_A_RUN}},
-            "progress": {name: getattr(self, name) for name in ("step", "epoch", "step_in_epoch", "best")},
-            "plateau": self.plateau.state(),
+            **self.progress_state(),
         }
-
-    def load_progress(self, state):
-        """Continue where the checkpoint's run was, rather than begin a new run with its parameters."""
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
-        self.plateau.load(state["plateau"])
 
     def dense_tensors(self):
         return tensors.dense_arrays(self.model, self.current_optimizer_state(), TABLES)
@@ -887,7 +922,7 @@ class Trainer:
 
     def save_rows(self, store, snapshot):
         state, name = self.current_optimizer_state(), f"model.{store.name}.weight"
-        moments = [state.get(f"{name}-{moment}") for moment in "mv"]
+        moments = [state.get(f"{name}-{moment}") for moment in OPTIMIZERS[store.optimizer]]
         self.device.save_rows(self.model.tables()[store.name].weight, store, snapshot, moments)
 
     def load_rows(self, store, snapshot, blocks, to_train):
@@ -914,88 +949,51 @@ def batches_of_epoch(trainer):
 
 
 def train_epoch(trainer, checkpointer, clock, log):
-    """Train to the end of the epoch or to --train_batches, whichever comes first."""
-    args = trainer.args
-    total = steps_per_epoch(trainer.dataset.splits["train"], args.batch_size, world_size())
-    previous = None
+    """Train to the end of the epoch or of the run, with all that is due on the way."""
     with prefetched(batches_of_epoch(trainer)) as batches, closing(
-            progress_bar(total, " steps", f"epoch {trainer.epoch}", trainer.step_in_epoch)) as bar:
+            progress_bar(trainer.steps_per_epoch, " steps", f"epoch {trainer.epoch}", trainer.step_in_epoch)) as bar:
         clock.start()
         for batch in batches:
             loss = trainer.train_step(batch)
+            trainer.losses.add(loss, trainer.step_weight, trainer.step)  # reads the loss of the step before
             clock.count(batch.num_global)
-            if previous is not None:
-                check_finite(previous, trainer)
-            previous = loss  # read one step late, so that the next step's input is prepared meanwhile
             bar.update()
-            if trainer.step % args.loss_print_interval == 0 or trainer.step == args.train_batches:
-                log_step(trainer, check_finite(loss, trainer), clock, log)
-            due = args.checkpoint_interval and trainer.step % args.checkpoint_interval == 0
-            if due and trainer.step_in_epoch < total and trainer.step < args.train_batches:  # else finish_epoch saves
-                check_finite(loss, trainer)
-                clock.stop()
-                checkpointer.save(trainer, [f"step_{trainer.step}"])
-                clock.start()
-            if trainer.step == args.train_batches:
+            finish_step(trainer, checkpointer, clock, log)
+            if trainer.is_finished():
                 break
-        if previous is not None:  # another number of processes may have fewer steps in an epoch: none is left then
-            check_finite(previous, trainer)
         clock.stop()
 
 
-def finite_probabilities(output, count):
-    """The first `count` probabilities of a batch as float32 (count,); waits for its graph."""
-    probs = output.to_local().numpy()[:count, 0].copy()
-    if not np.isfinite(probs).all():
-        raise UserError(f"{np.count_nonzero(~np.isfinite(probs))} of {count} probabilities are not numbers: the "
-                        "model's parameters are not finite; use an earlier checkpoint, or train with a lower "
-                        "--learning_rate or --max_grad_norm")
-    return probs
+def finish_step(trainer, checkpointer, clock, log):
+    """Log, evaluate and save, where that is due."""
+    args = trainer.args
+    if clock.steps == 1:
+        with clock.paused(trainer.losses):
+            print_rank0(run_log.first_step_text(trainer, clock))
+    if trainer.step % args.loss_print_interval == 0 or trainer.steps_left() <= 0:
+        with clock.paused(trainer.losses):
+            run_log.log_step(trainer, clock, log)
+    if trainer.is_epoch_over():
+        trainer.begin_epoch()
+    if trainer.is_evaluation_due():
+        with clock.paused(trainer.losses):
+            evaluate_and_save(trainer, checkpointer, log)
+    elif args.checkpoint_interval and trainer.step % args.checkpoint_interval == 0:
+        with clock.paused(trainer.losses):
+            checkpointer.save(trainer, [f"step_{trainer.step}"])
 
 
-def check_finite(loss, trainer):
-    """The loss as a number; waits for its step."""
-    value = float(loss.to_local().numpy())
-    if not math.isfinite(value):
-        raise UserError(f"the loss is {value} near step {trainer.step}; use a lower --learning_rate or --max_grad_norm"
-                        + (" or --loss_scale_policy dynamic" if trainer.args.amp else ""))
-    return value
-
-
-def log_step(trainer, loss, clock, log):
-    """Print and write what happened since the last call; the clock stands still meanwhile."""
-    clock.stop()
-    latency, throughput = clock.since_last_call()
-    rate = trainer.plateau.learning_rate
-    print_rank0(f"Rank[{rank()}], Step {trainer.step}/{trainer.args.train_batches}, Loss {loss:.6f}, "
-                f"Latency {latency:.3f} ms, Throughput {throughput:.1f} samples/s, LR {rate:g}, "
-                f"Time {datetime.now():%Y-%m-%d %H:%M:%S}")
-    if rank() == 0:
-        log.write("train", trainer.step, epoch=trainer.epoch, loss=loss, lr=rate,
-                  samples_per_second=round(throughput, 1), ms_per_step=round(latency, 3),
-                  host_memory_mb=host_memory(), **trainer.device.memory())
-    clock.start()
-
-
-def finish_epoch(trainer, checkpointer, log):
-    """Evaluate, decide on learning rate, stop and best, print that in one line, and save."""
-    args, plateau, epoch = trainer.args, trainer.plateau, trainer.epoch
-    metrics = trainer.evaluate("val", epoch, log)
-    rate, monitor = plateau.learning_rate, metrics["auc"] - metrics["logloss"]
-    improved = plateau.update(monitor)
+def evaluate_and_save(trainer, checkpointer, log):
+    """Evaluate, decide on learning rate, stop and best, print that, and save."""
+    args, plateau, epoch = trainer.args, trainer.plateau, trained_epoch(trainer.progress_state()["progress"])
+    values = trainer.evaluate("val", epoch, log)
+    rate, improved = plateau.learning_rate, plateau.update(MONITORS[args.monitor].value(values))
     if improved:
-        trainer.best = {"epoch": epoch, "step": trainer.step, **metrics}
-    decision = f"learning rate {rate:g}" + (f" -> {plateau.learning_rate:g}" if plateau.learning_rate != rate else "")
-    print_rank0(f"Epoch {epoch}, val AUC - LogLoss {monitor:.6f}, best {plateau.best:.6f} (epoch "
-                f"{trainer.best['epoch']}), epochs without gain {plateau.epochs_to_stop}"
-                f"/{args.early_stop_patience or 'never'}, since cut {plateau.epochs_to_cut}/{args.patience}, {decision}"
-                + (", stop" if plateau.stopped else ""))
-    steps = steps_per_epoch(trainer.dataset.splits["train"], args.batch_size, world_size())
-    if trainer.step_in_epoch >= steps:  # else --train_batches ended it early
-        trainer.epoch, trainer.step_in_epoch = epoch + 1, 0
+        trainer.best = {"epoch": epoch, "step": trainer.step, **values}
+    print_rank0(run_log.decision_text(trainer, epoch, values, rate))
     names = []
     if args.save_model_after_each_eval:
-        names.append(f"step_{trainer.step}_val_auc_{metrics['auc']:0.5f}")
+        names.append(f"step_{trainer.step}_val_auc_{values['auc']:0.5f}")
     if improved:
         names.append("best_checkpoint")
     if args.model_save_dir:
@@ -1005,16 +1003,19 @@ def finish_epoch(trainer, checkpointer, log):
 
 
 def train(trainer, checkpointer, log):
-    """Epochs until --train_batches or early stopping, then val and test with the best checkpoint."""
-    args, started, clock = trainer.args, time.time(), StepClock()
+    """Epochs to the end of the run or to an early stop, then val and test with the best checkpoint."""
+    args, started, clock = trainer.args, time.time(), run_log.StepClock()
     if args.save_initial_model and trainer.step == 0:
         checkpointer.save(trainer, ["initial_checkpoint"])
-    while not trainer.plateau.stopped and trainer.step < args.train_batches:
+    if trainer.is_epoch_over():  # resumed with another number of processes
+        trainer.begin_epoch()
+        if not args.eval_interval:
+            evaluate_and_save(trainer, checkpointer, log)
+    while not trainer.is_finished():
         train_epoch(trainer, checkpointer, clock, log)
-        finish_epoch(trainer, checkpointer, log)
     if trainer.best is None:
-        raise UserError(f"nothing is left to train after step {trainer.step} and no epoch was evaluated yet; use more "
-                        f"--train_batches than {args.train_batches}")
+        raise UserError(f"nothing is left to train after step {trainer.step} and nothing was evaluated yet; use more "
+                        f"--train_batches than {args.train_batches}" + (" and --epochs" if args.epochs else ""))
     best = os.path.join(checkpointer.save_dir, "best_checkpoint")
     checkpointer.load(trainer, best, to_train=False)
     print_rank0(f"Best epoch {trainer.best['epoch']}, step {trainer.best['step']}:")
@@ -1024,7 +1025,7 @@ def train(trainer, checkpointer, log):
         print_rank0(f"Trained {clock.samples} samples in {clock.seconds:.1f} s, mean throughput "
                     f"{clock.samples / clock.seconds:.1f} samples/s; total time {time.time() - started:.1f} s")
     if args.model_save_dir:
-        print_rank0(f"Best checkpoint: {best}\nPredict with: {predict_command(args, best)}")
+        print_rank0(f"Best checkpoint: {best}\nPredict with: {run_log.predict_command(args, best)}")
     else:
         print_rank0("No --model_save_dir: the checkpoint is not kept")
         on_rank0(shutil.rmtree, checkpointer.save_dir)
@@ -1034,20 +1035,6 @@ def train(trainer, checkpointer, log):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and prediction
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def evaluated_epoch(state):
-    """The epoch whose training a checkpoint holds the end, or a part, of."""
-    progress = state["progress"]
-    return progress["epoch"] - 1 if progress["step_in_epoch"] == 0 else progress["epoch"]
-
-
-def predict_command(args, checkpoint):
-    """A shell command that works in the current folder."""
-    # python as the user calls it, if that is this one: the launcher uses an environment that is not activated
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
-    return shlex.join([python, sys.argv[0], "--model_load_dir", checkpoint, "--predict",
-                       os.path.join(args.data_dir, "test"), "--predict_output", "predictions.parquet"])
 
 
 def load(folder, device="auto", batch_size=1000):
@@ -1136,7 +1123,8 @@ def start_run(args, dataset):
         return trainer, checkpointer, 0 if args.resume else None
     name, state = list(found.items())[-1]
     options = {option: getattr(args, option) for option in SAME_IN_A_RUN}
-    checkpoints.check_same_run(state, name, options, dataset.splits["train"].num_rows, args.data_dir)
+    earlier = {option: getattr(make_parser().parse_args([]), option) for option in SAME_IN_A_RUN}
+    checkpoints.check_same_run({**earlier, **state["run"]}, name, options, dataset, args.data_dir)
     folder = os.path.join(save_dir, name)
     adopt_model(args, folder)
     trainer, checkpointer = start_trainer(args, dataset, folder, run_id=started["run_id"])
@@ -1158,22 +1146,23 @@ def run(args):
     prepare_run(on_cpu=args.device == "cpu")
     if args.predict:
         trainer, _ = open_checkpoint(args, args.model_load_dir)
-        describe(trainer)
+        run_log.describe(trainer)
         return write_predictions(trainer)
     num_samples = {split: getattr(args, f"num_{split}_samples") for split in SPLITS}
-    dataset = read_dataset(args.data_dir, args.table_size_array, num_samples)
+    dataset = read_dataset(args.data_dir, args.table_size_array, num_samples, args.weight_column, args.group_column)
     if args.eval_only:
         trainer, _ = open_checkpoint(args, args.model_load_dir, dataset)
-        describe(trainer)
-        epoch = evaluated_epoch(checkpoints.read_checkpoint(args.model_load_dir))
+        run_log.describe(trainer)
+        epoch = trained_epoch(checkpoints.read_checkpoint(args.model_load_dir)["progress"])
         for split in ("val", "test"):
             trainer.evaluate(split, epoch)
         return None
     with ExitStack() as held:
         on_rank0(hold_folders, args, held)
         trainer, checkpointer, resumed_step = start_run(args, dataset)
-        describe(trainer)
-        log = held.enter_context(closing(MetricsLog(args.log_dir, resumed_step)))
+        run_log.describe(trainer)
+        on_rank0(write_record, args, dataset, checkpointer.run_id, resumed_step, trainer.device.machine())
+        log = held.enter_context(closing(run_log.MetricsLog(args.log_dir, resumed_step)))
         return train(trainer, checkpointer, log)
 
 

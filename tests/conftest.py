@@ -24,7 +24,7 @@ ROWS = 32  # batch size of `make_trainer`
 def pytest_configure(config):
     from tools.trainer import startup
 
-    startup.avoid_launch_race()  # graphs here are tiny
+    startup.prepare_run(on_cpu=False)  # before the first graph, as in a run: graphs here are tiny
     startup.calm_scheduler = lambda: None  # what starts a graph must not be displaced, see there
     for category in ("FutureWarning", "DeprecationWarning"):  # petastorm uses pyarrow's old interfaces
         config.addinivalue_line("filterwarnings", f"ignore::{category}:petastorm")
@@ -81,6 +81,21 @@ def distinct_dataset_dir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def weighted_dataset_dir(tmp_path_factory):
+    """Two columns that are no fields: weights w, some of them 0, and users, text with a missing one here and there."""
+    rng = np.random.default_rng(8)
+    folder = make_dataset(tmp_path_factory.mktemp("weighted") / "data", rows=(403, 301, 299))
+    for name in ("train", "val", "test"):
+        path = folder / name / "part-00000.parquet"
+        rows = pq.read_table(path)
+        weights = np.round(rng.exponential(size=len(rows)), 2) * (rng.random(len(rows)) < 0.9)
+        users = [f"user{number}" if number else None for number in rng.geometric(0.2, len(rows)) - 1]
+        rows = rows.add_column(1, "user", pa.array(users)).append_column("w", pa.array(weights))
+        pq.write_table(rows, path, row_group_size=51)
+    return folder
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -115,6 +130,41 @@ def metrics_lines(output, split):
 
 
 # ----------------------------------------------------------------------------------------- the trainer in this process
+
+
+@pytest.fixture
+def run_here(capfd):
+    """Run the trainer in this process, which saves its start; returns what it prints."""
+    from deepfm_train_eval import main
+
+    def run(data_dir, work, *options):
+        capfd.readouterr()
+        main(trainer_command(data_dir, work, *options)[2:])
+        return capfd.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd):
+    """Run the trainer in this process; it must stop with status 1 and one error line, which is returned."""
+    from deepfm_train_eval import main
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def run(data_dir, work, *options):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(trainer_command(data_dir, work, *options)[2:])
+        errors = capfd.readouterr().err
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 1 and len(lines) == 1 and "Traceback" not in errors
+        return lines[0]
+
+    return run
 
 
 def make_trainer(data_dir, folder, *options):
@@ -152,8 +202,8 @@ def random_batches(dataset, count, seed=3, last_rows=ROWS - 9):
         yield ids, (rng.random(size) < 0.4).astype(np.float32)
 
 
-def batch_of(dataset, ids, labels):
+def batch_of(dataset, ids, labels, *weights):
     """A Batch of ROWS rows for one process."""
     from tools.trainer.batches import Batch
 
-    return Batch([(ids, labels)], ROWS, len(ids), dataset.num_ids)
+    return Batch([(ids, labels, *weights)], ROWS, len(ids), dataset.num_ids)

@@ -1,14 +1,15 @@
 """DeepFM's training step in float64 numpy, gradients by hand, written from the definitions and not from the trainer.
 
-Sources: DeepFM (arXiv:1703.04247, eq. 1-4), Adam (arXiv:1412.6980, algorithm 1), batch normalisation (arXiv:1502.03167)
-with PyTorch's momentum, epsilon and unbiased running variance, gradient clipping as torch.nn.utils.clip_grad_norm_.
+Sources: DeepFM (arXiv:1703.04247, eq. 1-4), Adam (arXiv:1412.6980, algorithm 1), Adagrad (Duchi et al., JMLR 12, 2011,
+the diagonal form, with PyTorch's epsilon behind the root), batch normalisation (arXiv:1502.03167) with PyTorch's
+momentum, epsilon and unbiased running variance, gradient clipping as torch.nn.utils.clip_grad_norm_.
 Letters in shape comments: B rows, F fields, D embedding size, H hidden units, R table rows.
 """
 
 import numpy as np
 
 TABLES = ("embedding", "embedding_fm")
-BETA1, BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
+ADAGRAD_EPSILON = 1e-10
 BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM = 1e-5, 0.1
 
 
@@ -30,10 +31,12 @@ class Reference:
 
     parameters: {"embedding" (R, D), "embedding_fm" (R, 1), "weight_i" (out, in), "bias_i" (out,)}; with batch norm also
     "gamma_i", "beta_i", "running_mean_i", "running_var_i" (H,), and no bias in the hidden layers. lazy: Adam moves only
-    the looked-up rows of the tables. Padding rows are simply not given.
+    the looked-up rows of the tables. Padding rows are simply not given. betas, epsilon: Adam's; adagrad: in its place.
     """
 
-    def __init__(self, parameters, learning_rate, embedding_l2=0.0, max_grad_norm=0.0):
+    def __init__(self, parameters, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, betas=(0.9, 0.999), epsilon=1e-8,
+                 adagrad=False):
+        self.betas, self.epsilon, self.update = betas, epsilon, self.adagrad if adagrad else self.adam
         self.values = {name: np.array(value, np.float64) for name, value in parameters.items()}
         self.learning_rate, self.embedding_l2, self.max_grad_norm = learning_rate, embedding_l2, max_grad_norm
         self.lazy = embedding_l2 == 0 and max_grad_norm == 0
@@ -117,20 +120,30 @@ class Reference:
 
     def adam(self, grads, ids):
         self.step += 1
+        beta1, beta2 = self.betas
         for name, value in self.trained():
             lazy = self.lazy and name in TABLES
             rows = np.unique(ids) if lazy else slice(None)
-            m = self.m[name][rows] = BETA1 * self.m[name][rows] + (1 - BETA1) * grads[name][rows]
-            v = self.v[name][rows] = BETA2 * self.v[name][rows] + (1 - BETA2) * grads[name][rows] ** 2
-            correction = np.sqrt(1 - BETA2**self.step)
+            m = self.m[name][rows] = beta1 * self.m[name][rows] + (1 - beta1) * grads[name][rows]
+            v = self.v[name][rows] = beta2 * self.v[name][rows] + (1 - beta2) * grads[name][rows] ** 2
+            correction = np.sqrt(1 - beta2**self.step)
             # epsilon stands beside the uncorrected root in the lazy update: the "efficient" form of Adam, section 2
-            epsilon = ADAM_EPSILON / correction if lazy else ADAM_EPSILON
-            value[rows] -= self.learning_rate * m / (1 - BETA1**self.step) / (np.sqrt(v) / correction + epsilon)
+            epsilon = self.epsilon / correction if lazy else self.epsilon
+            value[rows] -= self.learning_rate * m / (1 - beta1**self.step) / (np.sqrt(v) / correction + epsilon)
 
-    def train(self, ids, labels, masks=None, keep=1.0):
-        """One step on ids (B, F) and labels (B,); returns the mean logloss before it, without the L2 term."""
+    def adagrad(self, grads, ids):
+        for name, value in self.trained():
+            self.v[name] += grads[name] ** 2
+            value -= self.learning_rate * grads[name] / (np.sqrt(self.v[name]) + ADAGRAD_EPSILON)
+
+    def train(self, ids, labels, masks=None, keep=1.0, weights=None):
+        """One step on ids (B, F) and labels (B,), weights (B,) of the rows in the loss (None: all 1).
+
+        Returns the mean logloss before it, without the L2 term.
+        """
+        weights = np.ones(len(ids)) if weights is None else np.array(weights, np.float64)
         logits, cache = self.logits(ids, True, masks, keep)
-        loss = np.mean(np.logaddexp(0, logits) - labels * logits)
-        grads = self.gradients(ids, (sigmoid(logits) - labels) / len(ids), cache)
-        self.adam(self.clip(grads) if self.max_grad_norm > 0 else grads, ids)
+        loss = (weights * (np.logaddexp(0, logits) - labels * logits)).sum() / weights.sum()
+        grads = self.gradients(ids, weights * (sigmoid(logits) - labels) / weights.sum(), cache)
+        self.update(self.clip(grads) if self.max_grad_norm > 0 else grads, ids)
         return loss

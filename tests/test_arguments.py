@@ -11,6 +11,7 @@ from conftest import ROOT
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import make_parser, make_store_options, parse_args
 from tools.trainer import arguments
+from tools.trainer.tables import TableStore
 
 REQUIRED = ["--data_dir", "data", "--persistent_path", "t", "--persistent_path_fm", "f"]
 PROMISED = {  # names and defaults that users already have in scripts
@@ -166,11 +167,13 @@ def test_help_shows_every_default_and_fits_a_screen_per_topic():
 # ------------------------------------------------------------------------------------------ what OneEmbedding is given
 
 
+@pytest.mark.parametrize("optimizer, size_factor", [("adam", 3), ("adagrad", 2)])
 @pytest.mark.parametrize("store_type", trainer_module.STORE_TYPES)
-def test_store_options(store_type, tmp_path):
-    options = make_store_options(store_type, str(tmp_path), 1000, 256)
+def test_store_options(store_type, tmp_path, optimizer, size_factor):
+    table = TableStore("embedding", "persistent_path", str(tmp_path), 8, 999, optimizer)
+    options = make_store_options(store_type, table, 1000, 256)
     store = options["kv_store"]
-    assert (options["size_factor"], store["persistent_table"]["path"]) == (3, str(tmp_path))
+    assert (options["size_factor"], store["persistent_table"]["path"]) == (size_factor, str(tmp_path))
     assert store["persistent_table"]["physical_block_size"] == 4096
     caches = store.get("caches", [])
     expected = {  # the GPU cache of the two cached stores has a budget, a full cache holds every row

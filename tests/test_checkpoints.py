@@ -64,17 +64,6 @@ def shared_dataset_dir(distinct_dataset_dir):
     return distinct_dataset_dir
 
 
-@pytest.fixture
-def run_here(capfd):
-    """Run the trainer in this process, which saves its start; returns what it prints."""
-    def run(data_dir, work, *options):
-        capfd.readouterr()
-        trainer_module.main(trainer_command(data_dir, work, *options)[2:])
-        return capfd.readouterr().out
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(shared_dataset_dir, tmp_path_factory):
     """(folder, log) of a run with every kind of checkpoint."""
@@ -182,31 +171,70 @@ def uninterrupted(shared_dataset_dir, tmp_path_factory):
     return work
 
 
-def test_killed_and_resumed_run_equals_the_other_bit_for_bit(uninterrupted, shared_dataset_dir, tmp_path):
-    save = tmp_path / "save"
-    options = ["--model_save_dir", save, "--checkpoint_interval", "3", *RESUME]
+def run_with_kills(data_dir, work, options, kills):
+    """Start a run, kill and resume it again and again; the last start goes to the end. Returns its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    for kill, last in KILLS:
-        killer = tmp_path / "killer.py"
+    for kill, last in kills:
+        killer = work / "killer.py"
         killer.write_text(KILLER.format(root=str(ROOT), kill=kill))
-        command = trainer_command(shared_dataset_dir, tmp_path, *options)
+        command = trainer_command(data_dir, work, *options)
         command[1] = str(killer)
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == -9, f"{kill}: {result.stdout}{result.stderr}"
-        steps = [json.loads(path.read_text())["progress"]["step"] for path in save.glob("[!.]*/state.json")]
+        steps = [json.loads(path.read_text())["progress"]["step"] for path in (work / "save").glob("[!.]*/state.json")]
         assert (f"step_{max(steps)}" if steps else None) == last, kill
         options = ["--resume"] + [option for option in options if option != "--resume"]
-    run_trainer(shared_dataset_dir, tmp_path, *options)
+    return run_trainer(data_dir, work, *options)[0]
+
+
+def logged(work):
+    """[(event, step, what was measured)] of metrics.jsonl"""
+    names = ("loss", "lr", "monitor", *trainer_module.METRICS)
+    lines = [json.loads(line) for line in (work / "save/logs/metrics.jsonl").read_text().splitlines()]
+    return [(line["event"], line["step"], {name: line[name] for name in names if name in line}) for line in lines]
+
+
+def test_killed_and_resumed_run_equals_the_other_bit_for_bit(uninterrupted, shared_dataset_dir, tmp_path):
+    save = tmp_path / "save"
+    options = ["--model_save_dir", save, "--checkpoint_interval", "3", *RESUME]
+    run_with_kills(shared_dataset_dir, tmp_path, options, KILLS)
     assert_same(everything(tmp_path, "step_20"), everything(uninterrupted, "step_20"))
     assert_same(everything(tmp_path, "best_checkpoint"), everything(uninterrupted, "best_checkpoint"))
-    logs = [[json.loads(line) for line in (work / "save/logs/metrics.jsonl").read_text().splitlines()]
-            for work in (tmp_path, uninterrupted)]
-    known = [[(line["event"], line["step"], line.get("loss"), line.get("lr"), line.get("auc")) for line in log]
-             for log in logs]
+    known = [logged(work) for work in (tmp_path, uninterrupted)]
     assert known[0] == known[1]  # nothing twice, nothing missing
-    assert [step for event, step, *_ in known[0] if event == "train"] == list(range(1, 21))
-    assert {rate for event, _, _, rate, _ in known[0] if event == "train"} == {0.01, 0.005}
+    assert [step for event, step, _ in known[0] if event == "train"] == list(range(1, 21))
+    assert {values["lr"] for event, _, values in known[0] if event == "train"} == {0.01, 0.005}
     assert not list(tmp_path.glob("tables*/.*")) and not list(save.glob(".*"))  # nothing half-done stays
+
+
+INSIDE = [  # (where, what, which call, when), last complete checkpoint; evaluations every 3 steps, epochs of 7
+    (("module.Trainer", "train_step", 5, "after"), "step_3"),  # step 5: between two evaluations of one epoch
+    (("module.Trainer", "train_step", 5, "after"), "step_6"),  # step 8: the epoch has changed in between
+    (("module.checkpoints.Checkpointer", "write", 1, "before"), "step_6"),  # step 9: evaluated, not yet saved
+    (("module.Trainer", "train_step", 8, "after"), "step_12"),  # step 14: at the end of an epoch without evaluation
+]
+
+
+def test_killed_between_evaluations_inside_an_epoch(shared_dataset_dir, tmp_path):
+    """Rates are cut at every evaluation but the first, warm-up goes on, losses are means over 4 steps."""
+    options = ["--train_batches", "20", "--eval_interval", "3", "--loss_print_interval", "4", "--warmup_batches", "10",
+               "--net_dropout", "0.3", "--patience", "1", "--lr_factor", "0.5", "--min_delta", "1",
+               "--early_stop_patience", "0", "--model_save_dir"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for work in (whole, killed):
+        work.mkdir()
+    output, _ = run_trainer(shared_dataset_dir, whole, *options, whole / "save")
+    end = run_with_kills(shared_dataset_dir, killed, [*options, killed / "save"], INSIDE)
+    assert_same(everything(killed, "step_20"), everything(whole, "step_20"))
+    assert_same(everything(killed, "best_checkpoint"), everything(whole, "best_checkpoint"))
+    assert logged(killed) == logged(whole)
+    steps = {event: [step for found, step, _ in logged(whole) if found == event] for event in ("train", "val")}
+    assert steps == {"train": [4, 8, 12, 16, 20], "val": [3, 6, 9, 12, 15, 18, 20]}
+    epochs = [(1, 3), (1, 6), (2, 9), (2, 12), (3, 15), (3, 18), (3, 20)]
+    assert re.findall(r"Epoch (\d+), Step (\d+), val AUC", output)[:7] == [(str(one), str(two)) for one, two in epochs]
+    rates = [values["lr"] for event, _, values in logged(whole) if event == "train"]
+    assert rates == pytest.approx([0.01 * 4 / 10, 0.005 * 8 / 10, 0.01 / 2**2, 0.01 / 2**4, 0.01 / 2**5])
+    assert final_metrics(end) == final_metrics(output)
 
 
 def test_twenty_saves_take_the_space_of_three(uninterrupted):
@@ -278,26 +306,6 @@ def test_all_is_flushed_before_it_gets_its_name(monkeypatch, tmp_path):
     assert len(flushed) > 10 and not late and not names
 
 
-@pytest.fixture
-def fails(monkeypatch, capfd):
-    """Run the trainer in this process; it must stop with status 1 and one error line, which is returned."""
-    def leave(status):
-        raise SystemExit(status)
-
-    monkeypatch.setattr(os, "_exit", leave)
-
-    def run(data_dir, work, *options):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            trainer_module.main(trainer_command(data_dir, work, *options)[2:])
-        errors = capfd.readouterr().err
-        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert ended.value.code == 1 and len(lines) == 1 and "Traceback" not in errors
-        return lines[0]
-
-    return run
-
-
 def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shared_dataset_dir, tmp_path):
     """A kill between the two would leave a checkpoint with nothing to train and the last epoch not evaluated."""
     saved, save = [], checkpoints.Checkpointer.save
@@ -321,7 +329,7 @@ def run_patched(patch, data_dir, work, *options):
 
 
 def run_killed_before_evaluation(*arguments):
-    assert run_patched("module.finish_epoch = lambda *_: os.kill(os.getpid(), 9)", *arguments).returncode == -9
+    assert run_patched("module.evaluate_and_save = lambda *_: os.kill(os.getpid(), 9)", *arguments).returncode == -9
 
 
 def test_resume_with_nothing_left_to_train(fails, run_here, shared_dataset_dir, tmp_path):

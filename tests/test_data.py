@@ -89,8 +89,9 @@ def test_every_evaluation_row_once_and_in_order(tmp_path, rows, processes):
     found, labels = [], []
     for batches in zip(*streams):
         found += [number for batch, _ in batches for number in numbers(batch)]
-        assert all((batch_labels == batches[0][1]).all() for _, batch_labels in batches)
-        labels += batches[0][1].tolist()
+        [batch_labels] = batches[0][1]
+        assert all((other == batch_labels).all() for _, [other] in batches)
+        labels += batch_labels.tolist()
     assert found == list(range(rows)) and labels == [row % 2 for row in range(rows)]
 
 

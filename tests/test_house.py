@@ -64,7 +64,7 @@ def lines_of(text, *names):
 
 def test_cuda_stands_in_one_place():
     text = (ROOT / "deepfm_train_eval.py").read_text()
-    cuda = lines_of(text, "make_store_options", "OneEmbeddingTable", "Cuda", "TableDecayAdam")
+    cuda = lines_of(text, "make_store_options", "OneEmbeddingTable", "Cuda", "decay_tables")
     assert len(cuda) < 120
     allowed = cuda | lines_of(text, "add_storage_options")
     for path in [ROOT / "deepfm_train_eval.py", *(ROOT / "tools" / "trainer").glob("*.py")]:

@@ -1,4 +1,4 @@
-"""AUC and logloss, learning-rate cuts and stopping, the metrics log."""
+"""AUC, logloss, GAUC, calibration, monitors, learning-rate cuts and stopping, the metrics log."""
 
 import json
 import time
@@ -9,15 +9,17 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tensorboardX.proto.event_pb2 import Event
 
 from deepfm_train_eval import METRICS, compute_metrics
+from tools.trainer import metrics
 from tools.trainer.cli import UserError
-from tools.trainer.plateau import Plateau
+from tools.trainer.metrics import Scores
+from tools.trainer.plateau import MONITORS, Plateau
 from tools.trainer.run_log import MetricsLog
 
 
 def auc_and_logloss(labels, probs):
-    metrics = compute_metrics(labels, probs)
-    assert list(metrics) == list(METRICS)
-    return metrics["auc"], metrics["logloss"]
+    values = compute_metrics(Scores(probs, labels))
+    assert list(values) == [name for name in METRICS if "gauc" not in name]
+    return values["auc"], values["logloss"]
 
 
 @pytest.mark.parametrize("levels", [0, 5])
@@ -42,6 +44,111 @@ def test_certain_and_wrong_costs_a_finite_amount():
 def test_one_class_has_no_auc():
     auc, logloss = auc_and_logloss(np.ones(4, np.float32), np.full(4, 0.5, np.float32))
     assert np.isnan(auc) and logloss == pytest.approx(np.log(2))
+
+
+def random_scores(count=3000, groups=250, levels=0, seed=0, weighted=False):
+    """Scores with ties (levels), groups of very different sizes, among them many of one row or one class."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.integers(-2**62, 2**62, groups)[np.minimum(rng.zipf(1.4, count), groups) - 1]
+    labels = (rng.random(count) < 0.15).astype(np.float32)
+    probs = (0.2 + 0.1 * labels + 0.2 * rng.random(count) + 0.1 * (numbers > 0)).astype(np.float32)
+    probs = np.float32(np.ceil(probs * levels) / levels) if levels else probs
+    weights = np.float32(rng.exponential(size=count) * (rng.random(count) < 0.8)) if weighted else None
+    return Scores(probs, labels, weights, numbers)
+
+
+def gauc_by_definition(scores):
+    """(GAUC, share of the impressions that is left out), group by group with scikit-learn's AUC"""
+    weights = np.ones(len(scores.probs)) if scores.weights is None else scores.weights.astype(np.float64)
+    values, impressions = [], []
+    for group in np.unique(scores.groups):
+        rows = (scores.groups == group) & (weights > 0)
+        if len(np.unique(scores.labels[rows])) == 2:
+            values.append(roc_auc_score(scores.labels[rows], scores.probs[rows], sample_weight=weights[rows]))
+            impressions.append(weights[rows].sum())
+    return np.average(values, weights=impressions), 1 - sum(impressions) / weights.sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("levels", [0, 12])
+def test_gauc_equals_its_definition(levels, weighted):
+    scores = random_scores(levels=levels, weighted=weighted)
+    expected, left_out = gauc_by_definition(scores)
+    assert metrics.gauc(scores) == pytest.approx(expected, abs=1e-12) and 0.05 < left_out < 0.9
+    assert metrics.left_out(scores) == pytest.approx(left_out, abs=1e-9)
+    assert abs(expected - metrics.auc(scores)) > 1e-4  # it is another number than AUC
+
+
+def test_gauc_of_one_group_is_auc_and_of_one_class_nothing():
+    scores = random_scores()._replace(groups=np.zeros(3000, np.int64))
+    assert metrics.gauc(scores) == metrics.auc(scores)
+    alone = scores._replace(groups=np.arange(3000))
+    assert np.isnan(metrics.gauc(alone)) and metrics.left_out(alone) == 1
+    assert "gauc" not in compute_metrics(scores._replace(groups=None))
+
+
+def test_weights_count_rows_several_times():
+    """Whole weights are the same as repeated rows, weight 0 is the same as no row."""
+    rng = np.random.default_rng(2)
+    scores = random_scores(levels=200)._replace(weights=rng.integers(0, 4, 3000).astype(np.float32))
+    times = scores.weights.astype(int)
+    repeated = Scores(*(None if array is scores.weights else np.repeat(array, times) for array in scores))
+    first, second = compute_metrics(scores), compute_metrics(repeated)
+    assert list(first) == list(METRICS) and first == pytest.approx(second, abs=1e-9)
+    unweighted = compute_metrics(scores._replace(weights=None))
+    assert all(abs(first[name] - unweighted[name]) > 1e-5 for name in first)
+    assert compute_metrics(scores._replace(weights=np.full(3000, 0.5, np.float32))) == pytest.approx(unweighted)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weighted_auc_and_logloss_equal_scikit_learns(weighted):
+    scores = random_scores(levels=40, weighted=weighted)
+    values, options = compute_metrics(scores), {"sample_weight": scores.weights}
+    assert values["auc"] == pytest.approx(roc_auc_score(scores.labels, scores.probs, **options), abs=1e-9)
+    assert values["logloss"] == pytest.approx(log_loss(scores.labels, scores.probs.astype(float), **options), abs=1e-9)
+
+
+def test_calibration_and_ece_by_hand():
+    """20 bins of 50 rows; in bin b 2 b rows are clicked, and 0.02 more of them are predicted."""
+    labels = np.concatenate([np.arange(50) < 2 * number for number in range(20)]).astype(np.float32)
+    probs = np.repeat(np.float32(0.04 * np.arange(20) + 0.02), 50)
+    order = np.random.default_rng(0).permutation(1000)
+    values = compute_metrics(Scores(probs[order], labels[order]))
+    assert values["calibration"] == pytest.approx(0.40 / 0.38, abs=1e-6)
+    assert values["ece"] == pytest.approx(0.02, abs=1e-6)
+    assert np.isnan(metrics.calibration(Scores(probs, np.zeros(1000, np.float32))))
+
+
+def test_a_large_split_is_measured_in_seconds():
+    """A twentieth of 4.6 million rows, so that a busy machine does not fail it."""
+    scores = random_scores(230_000, 25_000)
+    start = time.perf_counter()
+    compute_metrics(scores)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("name, value, text", [("auc-logloss", 0.7 - 0.5, "0.200000"), ("auc", 0.7, "0.700000"),
+                                               ("logloss", -0.5, "0.500000")])
+def test_monitors(name, value, text):
+    monitor = MONITORS[name]
+    assert monitor.value({"auc": 0.7, "logloss": 0.5, "ece": 9}) == value and monitor.text(value) == text
+
+
+def test_what_is_counted_in_words():
+    plateau = Plateau(learning_rate=1e-3, patience=2, min_delta=0, lr_factor=0.1, min_lr=0, early_stop_patience=3)
+    texts = []
+    for monitor in (0.5, 0.4, 0.4, 0.4):
+        plateau.update(monitor)
+        texts.append(plateau.counts())
+    assert texts == [
+        "", "Evaluations without gain: 1, the run stops at 3; since the last cut: 1, the rate is cut at 2",
+        "Evaluations without gain: 2, the run stops at 3; since the last cut: 0, the rate is cut at 2",
+        "Evaluations without gain: 3, the run stops; since the last cut: 1, the rate is cut at 2"]
+    assert max(map(len, texts)) <= 98  # with its two blanks within 100 columns
+    plateau = Plateau(learning_rate=1, patience=9, min_delta=0, lr_factor=0.1, min_lr=0, early_stop_patience=0)
+    plateau.update(0.5)
+    plateau.update(0.4)
+    assert "Evaluations without gain: 1, none stops the run; since" in plateau.counts()
 
 
 def run_plateau(monitors, patience=2, early_stop_patience=4, **options):

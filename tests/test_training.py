@@ -17,7 +17,7 @@ from reference import Reference, sigmoid
 import deepfm_train_eval as trainer_module
 from tools.trainer.batches import draw_masks, keep_probability
 from tools.trainer.checkpoints import prepare_new_run
-from tools.trainer.cpu import BiasCorrection
+from tools.trainer.schedule import BiasCorrection, Factors
 from tools.trainer.startup import wait_for_first_process
 
 STEPS = 20
@@ -91,7 +91,8 @@ def test_bias_correction_schedule():
             pass
 
     conf = Conf()
-    schedule = BiasCorrection(flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))]), (0.9, 0.999))
+    optimizer = flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))])
+    schedule = Factors(optimizer, [BiasCorrection((0.9, 0.999))])
     schedule._generate_conf_for_graph(conf)
     for t in (1, 2, 100, 9999):
         position = conf.boundaries.index(t - 1)
@@ -129,14 +130,18 @@ def test_val_auc_minus_logloss_decides(shared_dataset_dir, tmp_path, monkeypatch
     checkpointer = SimpleNamespace(save=lambda trainer, names: saved.append(names))
     monkeypatch.setattr(trainer, "evaluate", lambda split, epoch, log: dict(zip(("auc", "logloss"), next(scores))))
     rates = []
-    for step in (13, 26, 39):
-        trainer.step, trainer.step_in_epoch = step, 13
-        trainer_module.finish_epoch(trainer, checkpointer, None)
+    for step, epoch in ((13, 2), (26, 3), (39, 4)):
+        trainer.step, trainer.epoch = step, epoch
+        trainer_module.evaluate_and_save(trainer, checkpointer, None)
         rates.append(trainer.plateau.learning_rate)
     assert rates == pytest.approx([1e-3, 1e-4, 1e-4])
     assert saved == [["best_checkpoint", "step_13"], ["step_26"], ["best_checkpoint", "step_39"]]
     assert trainer.best == {"epoch": 3, "step": 39, "auc": 0.69, "logloss": 0.40} and trainer.epoch == 4
-    assert "val AUC - LogLoss 0.150000, best 0.200000 (epoch 1), epochs without gain 1/4" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch 1, val AUC - LogLoss 0.200000, the best so far; learning rate 0.001",
+        "Epoch 2, val AUC - LogLoss 0.150000, best 0.200000 (epoch 1); learning rate 0.001 -> 0.0001",
+        "  Evaluations without gain: 1, the run stops at 4; since the last cut: 0, the rate is cut at 1",
+        "Epoch 3, val AUC - LogLoss 0.290000, the best so far; learning rate 0.0001"]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -145,12 +150,13 @@ def test_evaluation_equals_the_reference(shared_dataset_dir, tmp_path, batch_nor
     for i in range(2 if batch_norm else 0):
         getattr(trainer.model.dnn, f"running_mean_{i}").to_local().numpy()[:] = 0.1 * (i + 1)
         getattr(trainer.model.dnn, f"running_var_{i}").to_local().numpy()[:] = 0.5 + i
-    probs, labels = trainer.predict(trainer.dataset.splits["val"])
+    probs, labels, *extras = trainer.predict(trainer.dataset.splits["val"])
     rows = list(trainer_module.read_rows(trainer.dataset, trainer.dataset.splits["val"]))
     ids = np.concatenate([ids for ids, _ in rows])
     logits, _ = Reference(values_of(trainer.model), 1.0).logits(ids)
     assert np.abs(probs - sigmoid(logits)).max() < 1e-6
     assert (labels == np.concatenate([labels for _, labels in rows])).all() and len(labels) == 101
+    assert extras == [None, None]
 
 
 def metrics(folder):

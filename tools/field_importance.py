@@ -44,7 +44,7 @@ import numpy as np
 from plot_training import COLOURS, png_path, save
 from tqdm import tqdm
 
-from tools.trainer import checkpoints
+from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
 from tools.trainer.dataset import LABEL, Dataset, Split
@@ -96,7 +96,7 @@ def score(trainer, ids):
         for start in range(0, len(ids), size):
             part = ids[start:start + size]
             labels = np.zeros(len(part), np.float32)  # not used
-            yield Batch([(part, labels)], size, len(part), num_ids), labels
+            yield Batch([(part, labels)], size, len(part), num_ids), [labels]
 
     return trainer.score(batches(), len(ids), "val")[0]
 
@@ -110,8 +110,8 @@ def permuted(column, seed, repeat, field):
 
 
 def auc_and_logloss(labels, probs):
-    metrics = trainer_code.compute_metrics(labels, probs)
-    return metrics["auc"], metrics["logloss"]
+    scores = metrics.clipped(metrics.Scores(probs, labels))
+    return metrics.auc(scores), metrics.logloss(scores)
 
 
 def importance(predict, ids, labels, repeats, seed):

@@ -1,6 +1,5 @@
 """Cross-checks of the trainer's arguments: options that need or exclude each other, and what the device can do."""
 
-import argparse
 import os
 
 from tools.trainer.processes import world_size
@@ -66,14 +65,6 @@ def check_training(parser, args):
         parser.error(f"--persistent_path and --persistent_path_fm are both {args.persistent_path}; use two folders")
     if args.min_lr > args.learning_rate:
         parser.error(f"--min_lr {args.min_lr} is above --learning_rate {args.learning_rate}")
-
-
-def could_be_given(parser, name, value):
-    """Whether the parser could have made a value of an option."""
-    convert = parser._option_string_actions[f"--{name}"].type
-    if convert is None:
-        return isinstance(value, bool)
-    try:
-        return convert(",".join(map(str, value)) if isinstance(value, list) else str(value)) == value
-    except argparse.ArgumentTypeError:
-        return False
+    if args.optimizer != "adam" and args.given & {"adam_betas", "adam_epsilon"}:
+        parser.error(f"--optimizer {args.optimizer} has no betas and its own epsilon; leave out --adam_betas and "
+                     "--adam_epsilon")

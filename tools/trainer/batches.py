@@ -1,7 +1,8 @@
 """From rows to batches: shuffling in a pool, equal shares for the processes, dropout masks, reading ahead.
 
 Rows come from a function `read_rows(dataset, split, lane, num_lanes, seed)`, the seam for other file formats. It yields
-blocks, tuples of arrays with one row per sample: (ids int32 or int64 (n, C), labels float32 (n,)). A lane is every
+blocks, tuples of arrays with one row per sample: (ids int32 or int64 (n, C), labels float32 (n,), *extras (n,)), the
+extras being those of the split (`dataset.use_columns`); in train that can only be the rows' weights. A lane is every
 num_lanes-th row group; seed: None reads them in order, a positive number in a random order of its own.
 Batches know nothing of OneFlow. rank and world_size: number of this process, number of processes.
 """
@@ -22,20 +23,24 @@ class Batch:
     """What one process feeds for one step. b = B / number of processes; rows behind `num_valid` are padding.
 
     Attributes: ids int64 (b, C), labels float32 (b, 1), weights float32 (b, 1): 1 / valid rows of the global batch, 0
-    for padding; num_valid: valid rows of this process; num_global: valid rows over all; masks: dropout masks, see
-    `draw_masks`.
+    for padding; row_weights float32 (b, 1): the rows' own weights, 0 for padding, None where rows have none; num_valid:
+    valid rows of this process; num_global: valid rows over all; masks: dropout masks, see `draw_masks`.
     """
 
-    __slots__ = ("ids", "labels", "weights", "num_valid", "num_global", "masks")
+    __slots__ = ("ids", "labels", "weights", "row_weights", "num_valid", "num_global", "masks")
 
     def __init__(self, parts, size, num_global, pad_id):
+        """parts: blocks (ids, labels) or (ids, labels, row weights)"""
         self.ids = np.full((size, parts[0][0].shape[1]), pad_id, np.int64)
         self.labels = np.zeros((size, 1), np.float32)
         self.weights = np.zeros((size, 1), np.float32)
+        self.row_weights = np.zeros((size, 1), np.float32) if len(parts[0]) > 2 else None
         position = 0
-        for ids, labels in parts:
+        for ids, labels, *extras in parts:
             self.ids[position:position + len(ids)] = ids
             self.labels[position:position + len(ids), 0] = labels
+            if extras:
+                self.row_weights[position:position + len(ids), 0] = extras[0]
             position += len(ids)
         self.weights[:position] = 1.0 / num_global
         self.num_valid, self.num_global, self.masks = position, num_global, ()
@@ -153,20 +158,21 @@ def train_batches(read_rows, dataset, batch_size, *, seed, epoch, rank, world_si
         parts = [part for stream, lane in zip(streams, mine) for part in stream.take(counts[lane])]
         if lanes == 1:
             parts = share_of(parts, batch_size, rank, world_size)
-        yield Batch(parts or [no_rows(dataset)], batch_size // world_size, sum(counts), dataset.num_ids)
+        yield Batch(parts or [no_rows(dataset, split)], batch_size // world_size, sum(counts), dataset.num_ids)
 
 
 def eval_batches(read_rows, dataset, split, batch_size, *, rank, world_size):
-    """Yield (this process's `Batch`, labels (n,) of the whole global batch) in row order, every row once.
+    """Yield (this process's `Batch`, [labels, *extras] (n,) of the whole global batch) in row order, every row once.
 
     Every process reads all rows: all of them need all labels, and the order of rows must not depend on their number.
     """
     stream = RowStream(read_rows(dataset, split))
     for start in range(0, split.num_rows, batch_size):
         parts = stream.take(min(batch_size, split.num_rows - start))
-        labels = np.concatenate([labels for _, labels in parts])
-        local = share_of(parts, batch_size, rank, world_size) or [no_rows(dataset)]
-        yield Batch(local, batch_size // world_size, len(labels), dataset.num_ids), labels
+        columns = [np.concatenate(arrays) for arrays in list(zip(*parts))[1:]]
+        rows = [part[:2] for part in parts]  # a score does not depend on weights or groups
+        local = share_of(rows, batch_size, rank, world_size) or [no_rows(dataset)]
+        yield Batch(local, batch_size // world_size, len(columns[0]), dataset.num_ids), columns
 
 
 def share_of(parts, batch_size, rank, world_size):
@@ -176,8 +182,10 @@ def share_of(parts, batch_size, rank, world_size):
     return stream.take(local)
 
 
-def no_rows(dataset):
-    return np.empty((0, len(dataset.columns)), np.int64), np.empty(0, np.float32)
+def no_rows(dataset, split=None):
+    """A block without rows, with as many arrays as the split's blocks have."""
+    extras = [np.empty(0, np.float32) for _ in split.extras] if split else []
+    return (np.empty((0, len(dataset.columns)), np.int64), np.empty(0, np.float32), *extras)
 
 
 # ------------------------------------------------------------------------------------------------------- dropout masks

@@ -26,10 +26,10 @@ import zlib
 
 import numpy as np
 
-from tools.trainer.cli import UserError, brief, first_line
+from tools.trainer.cli import UserError, brief, could_be_given, first_line
 from tools.trainer.files import checksum, count, list_folder, read_json, rename_for_good, sync, write_json
 from tools.trainer.processes import all_agree, barrier, on_rank0, print_rank0, rank, sum_over_processes, world_size
-from tools.trainer.tables import SIZE_FACTOR, TableStore, row_bytes_in
+from tools.trainer.tables import OPTIMIZERS, TableStore, row_bytes_in
 
 FORMAT = 2  # 1 has dense/ as flow.save writes it, and no checksums
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
@@ -54,11 +54,13 @@ TABLE = {"path": str, "snapshot": snapshot_name, "processes": lambda n: count(n)
 STATE = {
     "format_version": lambda version: version in (1, FORMAT), "digest?": str,
     "data?": {"dir": str, "fingerprint": (str, None)},
-    "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0], "lists?": {"*": [str]}},
+    "model": {"fields": [str], "table_sizes": [lambda size: count(size) and size > 0], "lists?": {"*": [str]},
+              "optimizer?": lambda name: isinstance(name, str) and name in OPTIMIZERS},
     "run": {"run_id": str, "processes": count, "batch_size": count},
     "progress": {"step": count, "epoch": count, "step_in_epoch": count, "best": (BEST, None)},
     "plateau": {"learning_rate": finite, "best": (finite, None), "epochs_to_cut": count, "epochs_to_stop": count,
                 "stopped": bool},
+    "losses?": lambda sums: isinstance(sums, list) and len(sums) == 2 and all(map(finite, sums)),
     "tables": {"*": TABLE}, "files?": {"*": {"bytes": count, "crc32": count}},
 }
 RUN = {"run_id": snapshot_name, "model_load_dir": (str, None), "saved?": bool}
@@ -160,6 +162,31 @@ def read_flow_save(folder):
         return arrays
     except Exception as error:  # a pickle fails in any way
         raise UserError(f"{folder} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
+
+
+def adopt_model(args, folder, parser, options, tables):
+    """Take the model's shape and the tables' folders from a checkpoint, where the command line does not give them.
+
+    Args: args: parsed by `parser`, given: names of those on the command line; options: names of what describes the
+    model; tables: {name: option of its folder}. Returns its state. Raises: UserError where the two contradict.
+    """
+    state, defaults = read_checkpoint(folder), parser.parse_args([])
+    for name in options:
+        saved, given = state["model"].get(name, getattr(defaults, name)), name in args.given
+        if not could_be_given(parser, name, saved):
+            raise UserError(f"{folder} has {brief(repr(saved))} for --{name}; {USE_ANOTHER}")
+        if given and name == "negative_sampling_rate":  # parameters and rows do not depend on it
+            continue
+        if given and getattr(args, name) != saved:
+            raise UserError(f"{folder} was saved with --{name} {brief(saved)}, now it is {brief(getattr(args, name))}; "
+                            "use the same value, or leave it out")
+        setattr(args, name, saved)
+    for name, option in tables.items():
+        if name not in state["tables"]:
+            raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
+        if getattr(args, option) is None:
+            setattr(args, option, table_path(folder, state["tables"][name]))
+    return state
 
 
 # ------------------------------------------------------------------------------------------- names of complete folders
@@ -351,7 +378,7 @@ def name_here(saved, growth):
 def rows_of(source, saved, growth):
     """Blocks of (ids, rows) of a snapshot, as ids of the tables that they are for."""
     blocks = source.read_snapshot(saved["snapshot"], saved["processes"])
-    return growth.blocks(blocks) if growth else blocks
+    return growth.blocks(blocks, source.dim) if growth else blocks
 
 
 def table_path(folder, saved):
@@ -365,15 +392,16 @@ def saved_tables(folder, state, checksums=True):
     for name, saved in state["tables"].items():
         path = table_path(folder, saved)
         dim = saved.get("dim") or width_of(path, saved)
-        stores.append(TableStore(name, "persistent_path", path, dim, sum(state["model"]["table_sizes"])))
+        stores.append(TableStore(name, "persistent_path", path, dim, sum(state["model"]["table_sizes"]),
+                                 state["model"].get("optimizer", "adam")))
         Checkpointer(None, [], checksums=checksums).check_rows(stores[-1], saved)
     return stores
 
 
 def width_of(path, saved):
-    """Floats of a value in a table that an earlier version saved."""
+    """Floats of a value in a table that an earlier version saved, with Adam's moments."""
     store = TableStore("", "persistent_path", path, 0, 0)
-    return row_bytes_in(store.folder(0, saved["processes"])) // (4 * SIZE_FACTOR)
+    return row_bytes_in(store.folder(0, saved["processes"])) // (4 * store.size_factor)
 
 
 def reason_of(error):
@@ -465,18 +493,20 @@ def prepare_resume(save_dir, stores):
         os.makedirs(store.path, exist_ok=True)
 
 
-def check_same_run(state, name, options, train_rows, data_dir):
-    """Raise a UserError where a resumed run would differ from the one that a checkpoint's state is of.
+def check_same_run(run, name, options, dataset, data_dir):
+    """Raise a UserError where a resumed run would differ from the one of a checkpoint.
 
-    options: {name: value} of this start. The learning rate, cut or not, and the position in the epoch come from the
-    checkpoint.
+    Args: run: of its state; name: its folder; options: {name: value} of this start. The learning rate, cut or not, and
+    the position in the epoch come from the checkpoint.
     """
-    run = state["run"]
-    for option in set(options) & set(run):  # checkpoints of earlier versions have fewer
-        if run[option] != options[option]:
-            raise UserError(f"--resume: {name} was trained with --{option} {run[option]}, now it is {options[option]}; "
-                            "use the same value, or begin a run with --model_load_dir")
-    if run.get("train_rows", train_rows) != train_rows:
+    for option, value in options.items():
+        if run[option] != value:
+            raise UserError(f"--resume: {name} was trained with --{option} {brief(run[option])}, now it is "
+                            f"{brief(value)}; use the same value, or begin a run with --model_load_dir")
+    rows = dataset.splits["train"].num_rows
+    if run.get("train_rows", rows) != rows:
         raise UserError(f"--resume: {name} was trained on {run['train_rows']} rows, now --data_dir {data_dir} has "
-                        f"{train_rows}; use the same data")
-
+                        f"{rows}; use the same data")
+    if run.get("train_digest", dataset.train_digest()) != dataset.train_digest():
+        raise UserError(f"--resume: {name} was trained on other rows than those of --data_dir {data_dir}; use the same "
+                        "files, or begin a run with --model_load_dir")

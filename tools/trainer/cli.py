@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
+        if signal.getsignal(signal.SIGINT) is _end_early:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # its line is said; the end takes a while
         if launch_number("RANK", 0) == 0:
             with suppress(OSError):
                 sys.stderr.write(f"error: {message} (see --help)\n")
@@ -79,6 +81,19 @@ def int_list(text):
     return values
 
 
+def float_list(length, low, high):
+    """An argparse type: '0.9,0.999' -> [0.9, 0.999], so many numbers, each within the bounds."""
+    convert = number(float, low, high)
+
+    def convert_all(text):
+        values = [convert(part) for part in text.split(",")]
+        if len(values) != length:
+            raise argparse.ArgumentTypeError(f"{brief(text)!r} has {len(values)} numbers, expected {length}")
+        return values
+
+    return convert_all
+
+
 def name_list(text):
     """An argparse type: 'a,b' -> ['a', 'b']"""
     names = text.split(",")
@@ -94,6 +109,19 @@ def boolean(text):
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+
+
+def could_be_given(parser, name, value):
+    """Whether a parser could have made a value of an option, which comes from a file."""
+    action = parser._option_string_actions[f"--{name}"]
+    if action.choices is not None:
+        return value in list(action.choices)
+    if action.type is None:
+        return isinstance(value, bool)
+    try:
+        return action.type(",".join(map(str, value)) if isinstance(value, list) else str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # OneFlow heeds them only all together
@@ -147,16 +175,16 @@ def os_error_text(error, advice="free some, or choose another folder"):
 # ------------------------------------------------------------------------------------------------- signals, error line
 
 
+def _end_early(*_):
+    if os.environ.get("LOCAL_RANK", "0") in ("-1", "0"):  # one voice is enough
+        with suppress(OSError):
+            os.write(2, b"error: interrupted\n")
+    os._exit(INTERRUPTED)  # there is nothing to clean up yet
+
+
 def start_script():
     """Before a script's slow imports: let Ctrl-C end it in one line, and refuse what no launcher would set."""
-
-    def end(*_):
-        if os.environ.get("LOCAL_RANK", "0") in ("-1", "0"):  # one voice is enough
-            with suppress(OSError):
-                os.write(2, b"error: interrupted\n")
-        os._exit(INTERRUPTED)  # there is nothing to clean up yet
-
-    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGINT, _end_early)
     try:
         for name in LAUNCH_VARIABLES[1:]:
             launch_number(name, 0)

@@ -3,13 +3,12 @@
 Each function of the arithmetic says the plain formula that it stands for.
 """
 
-import math
-
 import numpy as np
 
 from tools.trainer.cli import UserError
 from tools.trainer.processes import rank, to_split, world_size
 from tools.trainer.startup import flow
+from tools.trainer.tables import OPTIMIZERS
 
 INIT_STD = 1e-4  # standard deviation of new embedding rows
 MASK_SHRINK = 2.0**-40
@@ -58,7 +57,7 @@ def look_up(table, ids):
 def blocks_of_rows(arrays, num_ids):
     """Yield (ids, rows [value | m | v]) of this process's share of a table, a chunk at a time.
 
-    arrays: value, m, v of this process, float32 (n, D); None stands for zeros.
+    arrays: value, m, v of this process, or what another optimizer keeps, float32 (n, D); None stands for zeros.
     """
     start, end = local_range(num_ids + 1)
     end = min(end, num_ids)  # without the padding row
@@ -126,36 +125,6 @@ def sum_of_squares(x):
     return (gram * flow.eye(x.shape[1], placement=x.placement, sbp=flow.sbp.broadcast)).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------- Adam
-
-
-class BiasCorrection(flow.optim.lr_scheduler._LRScheduler):
-    """Adam's bias correction as a learning-rate schedule, for the lazy update of the tables on CPU.
-
-    OneFlow's graph pass for sparse gradients (indexed_slices_optimizer_rewrite_pass.cpp) drops the correction. Step t
-    has the factor sqrt(1 - b2^t) / (1 - b1^t), which is 1 to float accuracy after 10,000 steps. Adam's epsilon is then
-    added to an uncorrected sqrt(v); the difference is below 1 % for gradients above 1e-5.
-    """
-
-    STEPS = 10000
-
-    def __init__(self, optimizer, betas):
-        self.betas = betas
-        super().__init__(optimizer)
-
-    def get_lr(self, base_lr, step):
-        return base_lr  # only the graph's schedule is used
-
-    def _generate_conf_for_graph(self, lr_conf):
-        lr_conf.piecewise_scaling_conf.SetInParent()
-        conf = lr_conf.piecewise_scaling_conf
-        beta1, beta2 = self.betas
-        for t in range(1, self.STEPS + 1):
-            conf.scales.append(math.sqrt(1 - beta2**t) / (1 - beta1**t))
-            conf.boundaries.append(t - 1)  # last step, from 0, that has the scale
-        conf.scales.append(1.0)
-
-
 # -------------------------------------------------------------------------------------------------------------- device
 
 
@@ -176,20 +145,23 @@ class Cpu:
         return flow.nn.Parameter(new_table(store.num_ids, store.dim, self.placement, seed, number))
 
     def save_rows(self, table, store, snapshot, moments):
-        """moments: Adam's m and v as tensors like the table, None before the first step."""
+        """moments: what the optimizer keeps, as tensors like the table, None before the first step."""
         arrays = [None if tensor is None else tensor.detach().to_local().numpy() for tensor in (table, *moments)]
         store.write_snapshot(snapshot, blocks_of_rows(arrays, store.num_ids))
 
     def load_rows(self, table, store, snapshot, blocks, with_moments):
         """Fill this process's rows from blocks of (ids, rows) of the table; returns {"m": tensor, "v": tensor}."""
-        value = table.detach().to_local().numpy()
-        moments = [np.zeros_like(value) for _ in range(2 if with_moments else 0)]
+        value, names = table.detach().to_local().numpy(), OPTIMIZERS[store.optimizer] if with_moments else ()
+        moments = [np.zeros_like(value) for _ in names]
         fill_rows([value, *moments], store.num_ids, blocks)
-        return {name: to_split(array, self.placement) for name, array in zip("mv", moments)}
+        return {name: to_split(array, self.placement) for name, array in zip(names, moments)}
 
     def draw_masks(self, *_):
         """Masks are fed: `batches.draw_masks`."""
         return ()
+
+    def machine(self):
+        return {}
 
     def memory(self):
         return {}
@@ -198,3 +170,5 @@ class Cpu:
         yield f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect"
         if args.embedding_l2 > 0 or args.max_grad_norm > 0:
             yield "With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR"
+        elif args.optimizer == "adagrad":
+            yield "With --optimizer adagrad each step goes through every table row; those that are not looked up stay"

@@ -5,14 +5,17 @@
 
 A global id is the id within the field's table plus the sizes of the tables before it. A field of lists has several
 columns that share its table; the first id of the table stands for an absent element. Without dataset_info.json every
-column but Label is a field.
+column is a field but Label and those that --weight_column and --group_column name.
 """
 
+import hashlib
+import json
 import keyword
 import os
 from urllib.parse import quote, unquote
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.filesystem import FileSystem
@@ -56,11 +59,12 @@ class Split:
     """The parquet files of one split: where they are, how many rows every row group has, which columns.
 
     Attributes: name, labelled (whether the labels are read), files (sorted), metadata (one per file), row_groups (row
-    counts, in reading order), num_rows, schemas (one per file), columns (names in file order).
+    counts, in reading order), num_rows, schemas (one per file), columns (names in file order), extras ({name of a part
+    of `metrics.Scores`: column that is read for it}, see `use_columns`).
     """
 
     def __init__(self, folder, name, labelled=True):
-        self.name, self.labelled = name, labelled
+        self.name, self.labelled, self.extras = name, labelled, {}
         self.files = parquet_files(folder)
         self.metadata = [read_metadata(path) for path in self.files]
         self.row_groups = [m.row_group(i).num_rows for m in self.metadata for i in range(m.num_row_groups)]
@@ -94,6 +98,31 @@ class Split:
                 low.append(statistics.min)
                 high.append(statistics.max)
         return min(low), max(high)
+
+    def digest(self, columns):
+        """16 hexadecimal digits that change with the rows, in a second for 40 columns of 40 million rows.
+
+        Covers the stored labels byte by byte, and of every row group the number of rows and each column's size on disk
+        and extremes. So rows that were added, dropped, put in another order or encoded by other tables are seen, and
+        nearly every change of values; not seen is one that leaves a column's sizes, extremes and labels as they were.
+        The same rows written by another program, or with another compression, have another digest.
+        """
+        found = hashlib.blake2b(digest_size=8)
+        for path, metadata in zip(self.files, self.metadata):
+            places = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+            with open(path, "rb") as file:
+                for i in range(metadata.num_row_groups):
+                    group = metadata.row_group(i)
+                    found.update(json.dumps(["rows", group.num_rows]).encode())
+                    for name in columns:
+                        chunk = group.column(places[name])
+                        known = chunk.statistics if chunk.is_stats_set else None
+                        extremes = [str(known.min), str(known.max)] if known is not None and known.has_min_max else []
+                        found.update(json.dumps([name, chunk.total_compressed_size, *extremes]).encode())
+                    label = group.column(places[LABEL])
+                    file.seek(min(filter(None, (label.dictionary_page_offset, label.data_page_offset))))
+                    found.update(file.read(label.total_compressed_size))
+        return found.hexdigest()
 
 
 def parquet_files(folder):
@@ -131,7 +160,7 @@ class Dataset:
 
     def __init__(self, splits, fields, table_sizes, lists=None, fingerprint=None):
         """lists: {field: its columns} of the fields of lists."""
-        self.splits = splits
+        self.splits, self.known_digest = splits, None
         self.fields = fields
         self.table_sizes = table_sizes
         self.lists = lists or {}
@@ -152,21 +181,29 @@ class Dataset:
         """Rows of all tables together; also the id of the padding row behind them."""
         return int(self.offsets[-1])
 
+    def train_digest(self):
+        """Of the rows that are trained on, see `Split.digest`."""
+        if self.known_digest is None:
+            train = self.splits["train"]
+            self.known_digest = train.digest([*self.columns, *train.extras.values()])
+        return self.known_digest
+
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_dataset(data_dir, table_sizes=None, num_samples=None):
+def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=None, group_column=None):
     """Find the splits and check them against what the user and dataset_info.json say.
 
-    Args: table_sizes: rows of every field's table; num_samples {split: rows}: None for what dataset_info.json says.
+    Args: table_sizes: rows of every field's table; num_samples {split: rows}: None for what dataset_info.json says;
+    weight_column, group_column: to be read beside labels and ids, see `use_columns`.
     Raises: UserError with one line for what cannot be trained on.
     """
     if not os.path.isdir(data_dir):
         raise UserError(f"--data_dir {data_dir} is not a folder; it should hold train/, val/ and test/")
     info = read_dataset_info(data_dir)
     splits = {name: Split(os.path.join(data_dir, name), name) for name in SPLITS}
-    fields, lists = find_fields(info, splits, data_dir)
+    fields, lists = find_fields(info, splits, data_dir, {weight_column, group_column})
     table_sizes = agreed(table_sizes, info.get("table_sizes"), "--table_size_array")
     if len(table_sizes) != len(fields):
         raise UserError(f"--table_size_array has {len(table_sizes)} values, expected {len(fields)}: {shorten(fields)}")
@@ -179,6 +216,7 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None):
     dataset = Dataset(splits, fields, table_sizes, lists, info.get("fingerprint"))
     for split in splits.values():
         check_columns(dataset, split)
+        use_columns(dataset, split, weight_column, group_column)
     return dataset
 
 
@@ -206,8 +244,16 @@ def read_dataset_info(data_dir):
             "fingerprint": info.get("fingerprint")}
 
 
-def find_fields(info, splits, data_dir):
-    """(names of the fields, {field of lists: its columns}); every split must have their columns, and the label."""
+def find_fields(info, splits, data_dir, others):
+    """(names of the fields, {field of lists: its columns}); every split must have their columns, and the label.
+
+    others: columns that are no fields, if no dataset_info.json says so.
+    """
+    def columns_of_fields(split):
+        """All columns but the label, the index that pandas may have added and `others`."""
+        return [name for name in split.columns
+                if name != LABEL and name not in others and not name.startswith("__index_level_")]
+
     fields, lists = info.get("fields") or columns_of_fields(splits["train"]), info.get("lists", {})
     wanted = [column for field in fields for column in lists.get(field, [field])]
     for split in splits.values():
@@ -221,16 +267,12 @@ def find_fields(info, splits, data_dir):
                             f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
         raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
-    unusable = [name for name in wanted if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    unusable = [name for name in (*wanted, *filter(None, others))
+                if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
     if unusable:
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")
     return fields, lists
-
-
-def columns_of_fields(split):
-    """Every column but the label and the index that pandas may have added."""
-    return [name for name in split.columns if name != LABEL and not name.startswith("__index_level_")]
 
 
 def agreed(argument, from_info, name):
@@ -285,3 +327,77 @@ def check_labels(split, labels):
     wrong = labels[(labels != 0) & (labels != 1)]
     if len(wrong):
         raise UserError(f"the {split.name} split has a label {wrong[0]:g}, expected only 0 and 1")
+
+
+# ------------------------------------------------------------------------------------ columns beside labels and fields
+
+
+WHOLE_FLOATS = 2**53  # above, floats cannot tell whole numbers apart
+
+
+def use_columns(dataset, split, weight_column, group_column):
+    """Have `read_rows` read the columns that options name: weights of the rows, and groups in val and test.
+
+    Raises: UserError when a column is missing, of a type that cannot be read, or its weights cannot be used.
+    """
+    named = {"weights": weight_column, "groups": group_column if split.name != "train" else None}
+    split.extras = {part: column for part, column in named.items() if column}
+    for part, column in split.extras.items():
+        option = f"--{part[:-1]}_column {column}"
+        if column not in split.columns:
+            raise UserError(f"{option} is not a column of {split.files[0]}; its columns are {shorten(split.columns)}")
+        kinds = {schema.field(column).type for schema in split.schemas}
+        usable = (pa.types.is_signed_integer, pa.types.is_uint8, pa.types.is_float32, pa.types.is_float64,
+                  *([pa.types.is_string] if part == "groups" else []))  # of what petastorm reads
+        wrong = [kind for kind in kinds if not any(is_usable(kind) for is_usable in usable)]
+        if wrong:
+            raise UserError(f"{option} is of type {wrong[0]} in {split.files[0]}, expected "
+                            f"{'signed integers, floats or text' if part == 'groups' else 'numbers'}")
+    if weight_column:
+        if weight_column in (LABEL, *dataset.columns):
+            raise UserError(f"--weight_column {weight_column} is {'the label' if weight_column == LABEL else 'a field'}"
+                            "; name a column of weights")
+        check_weights(split, weight_column)
+
+
+def check_weights(split, column):
+    """Read all weights of a split, before hours of training rely on them. Raises: UserError"""
+    totals = np.zeros(2)  # of the labels 0 and 1
+    for path in split.files:
+        for rows in pq.ParquetFile(path).iter_batches(1 << 20, columns=[column, LABEL]):
+            weights = rows.column(column).to_numpy(zero_copy_only=False).astype(np.float32)
+            wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
+            if len(wrong):
+                raise UserError(f"--weight_column {column} of the {split.name} split has the weight {wrong[0]:g}, "
+                                "expected finite numbers from 0 on")
+            labels = rows.column(LABEL).to_numpy(zero_copy_only=False)
+            totals += np.bincount(labels == 1, weights, 2)
+    if not totals.all():
+        which = "all rows" if not totals.any() else f"all rows with label {0 if totals[1] else 1}"
+        raise UserError(f"--weight_column {column} gives {which} of the {split.name} split the weight 0; AUC needs "
+                        "both labels")
+
+
+def extra_columns(split, rows):
+    """What a block has behind ids and labels: an array for each of the split's extras; rows: has the columns."""
+    convert = {"weights": lambda column: column.astype(np.float32), "groups": group_numbers}
+    return [convert[part](getattr(rows, column)) for part, column in split.extras.items()]
+
+
+def group_numbers(column):
+    """Groups in a column as int64 (n,): whole numbers stay, text is hashed to 64 bits, the same in every run.
+
+    A missing value, which petastorm reads as NaN or as the text None, makes a group like any other.
+    Raises: UserError for floats that do not tell the groups apart.
+    """
+    if column.dtype.kind in "iu":
+        return column.astype(np.int64)
+    if column.dtype.kind == "f":  # also whole numbers beside missing ones
+        if np.abs(column[np.isfinite(column)]).max(initial=0) >= WHOLE_FLOATS:
+            raise UserError("--group_column has numbers of 2^53 and more as floats, or beside missing ones, so that "
+                            "groups cannot be told apart; store them as text, or fill the missing ones")
+        values = column.astype(np.float64)
+        values[np.isnan(values)] = np.nan  # there are many, and one group
+        whole = values == np.floor(values, where=np.isfinite(values), out=np.full_like(values, np.nan))
+        return np.where(whole, np.where(whole, values, 0).astype(np.int64), values.view(np.int64))
+    return pd.util.hash_array(column.astype(object)).view(np.int64)

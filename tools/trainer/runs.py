@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.trainer import plateau
 from tools.trainer.cli import UserError, first_line, shorten
 from tools.trainer.files import check_json, count, read_json
 
@@ -29,11 +30,9 @@ LINES = {  # of metrics.jsonl by event; earlier versions write less
     "train": {"step": count, "epoch": count, "loss": number, "lr": number, "samples_per_second": number},
     "val": EVALUATION, "test": EVALUATION,
 }
-MONITORS = {  # what --monitor makes of an evaluation; the largest is the best
-    "auc-logloss": ("AUC - logloss", lambda line: line["auc"] - line["logloss"]),
-    "auc": ("AUC", lambda line: line["auc"]),
-    "logloss": ("-logloss", lambda line: -line["logloss"]),
-}
+TITLES = {"auc-logloss": "AUC - logloss", "auc": "AUC", "logloss": "-logloss"}
+# the largest is the best
+MONITORS = {name: (TITLES[name], monitor.value) for name, monitor in plateau.MONITORS.items()}
 INFO = {"options?": dict, "data?": dict, "versions?": dict, "machine?": dict,
         "monitor?": lambda value: isinstance(value, str) and value in MONITORS}  # run.json
 DEPTH = 3  # levels of folders in which runs are looked for

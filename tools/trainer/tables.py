@@ -1,9 +1,10 @@
 """Table rows on disk, in OneEmbedding's persistent-table format (oneflow/core/embedding/persistent_table.cpp).
 
 PATH/<rank>-<world size>/ holds chunk files keys/key-*, values/value-* and snapshots/NAME/{LIST,index-*}. An index
-entry is a row's position, counted over the chunks. A stored row is [value | m | v], float32, Adam's moments behind the
-values; the key is the id. Files only ever grow: what a snapshot needs of them is their first bytes. Beside LIST lies
-CHECKSUMS, which is ours: a line "CRC-32 in hexadecimal, bytes, path" for each file that the snapshot needs.
+entry is a row's position, counted over the chunks. A stored row is the value and behind it what the optimizer keeps,
+[value | m | v] with Adam (see OPTIMIZERS), float32; the key is the id. Files only ever grow: what a snapshot needs of
+them is their first bytes. Beside LIST lies CHECKSUMS, which is ours: a line "CRC-32 in hexadecimal, bytes, path" for
+each file that the snapshot needs.
 """
 
 import fcntl
@@ -19,7 +20,7 @@ from tools.trainer.files import checksum, list_folder, rename_for_good, sync, sy
 from tools.trainer.processes import barrier, on_rank0, rank, world_size
 from tools.trainer.startup import flow
 
-SIZE_FACTOR = 3  # a stored row is [value | m | v]
+OPTIMIZERS = {"adam": ("m", "v"), "adagrad": ("sum",)}  # what each keeps for a number, in the order of a stored row
 BLOCK_SIZE = 4096  # bytes; named everywhere, because OneFlow's defaults differ by version
 CHUNK_BYTES = 4 << 30  # of values, OneFlow's default
 SIZE_FILES = ("KEY_SIZE", "VALUE_SIZE", "PHYSICAL_BLOCK_SIZE", "NUM_LOGICAL_BLOCKS_PER_CHUNK")
@@ -33,16 +34,18 @@ class TableStore:
     """The record of one table: what the model and checkpoints call it, and its rows on disk.
 
     Attributes: name (of the module in the model), option (that names the path), path (of all processes' folders), dim
-    (D, floats of a value), num_ids (rows of the table; the id num_ids is the padding row, which is not kept).
+    (D, floats of a value), num_ids (rows of the table; the id num_ids is the padding row, which is not kept), optimizer
+    (of OPTIMIZERS), size_factor (a stored row has so many times D floats).
     """
 
-    def __init__(self, name, option, path, dim, num_ids):
+    def __init__(self, name, option, path, dim, num_ids, optimizer="adam"):
         self.name, self.option, self.path, self.dim, self.num_ids = name, option, path, dim, num_ids
+        self.optimizer, self.size_factor = optimizer, 1 + len(OPTIMIZERS[optimizer])
         self.known = {}  # {path: (bytes, CRC-32)} of what was written before
 
     def at(self, path, num_ids=None):
         """The same table at another place, or with another number of rows."""
-        return TableStore(self.name, self.option, path, self.dim, num_ids or self.num_ids)
+        return TableStore(self.name, self.option, path, self.dim, num_ids or self.num_ids, self.optimizer)
 
     def folder(self, process, processes):
         """Where OneEmbedding keeps a process's rows (key_value_store_options.h): 3-8, but 03-16."""
@@ -80,9 +83,9 @@ class TableStore:
     def write_snapshot(self, name, blocks):
         """Write rows as a snapshot for the current number of processes; all processes call it, each with its own rows.
 
-        blocks: yields (keys int64 (n,), rows float32 (n, 3 * D)). Rows go to new chunk files in a scratch folder, which
-        the first process then adds to the table: nothing is visible before all of it is on disk, and each snapshot has
-        chunks of its own, so that deleting it gives the space back.
+        blocks: yields (keys int64 (n,), rows float32 (n, size_factor * D)). Rows go to new chunk files in a scratch
+        folder, which the first process then adds to the table: nothing is visible before all of it is on disk, and each
+        snapshot has chunks of its own, so that deleting it gives the space back.
         """
         on_rank0(self.check_disk_space)
         processes = world_size()
@@ -92,7 +95,7 @@ class TableStore:
         os.makedirs(mine)
         paths = [os.path.join(mine, f"{process}-{processes}") for process in range(processes)]
         writer = flow.one_embedding.make_persistent_table_writer(
-            paths, name, flow.int64, flow.float, SIZE_FACTOR * self.dim, physical_block_size=BLOCK_SIZE)
+            paths, name, flow.int64, flow.float, self.size_factor * self.dim, physical_block_size=BLOCK_SIZE)
         for keys, rows in blocks:
             writer.write(keys, rows)
         writer.close()
@@ -105,7 +108,7 @@ class TableStore:
 
         Raises: UserError
         """
-        row_bytes = 4 * SIZE_FACTOR * self.dim
+        row_bytes = 4 * self.size_factor * self.dim
         blocks = -(-self.num_ids // rows_per_block(row_bytes))
         needed = blocks * block_bytes(row_bytes) + 16 * self.num_ids  # 8 each for key and index
         free = shutil.disk_usage(self.path).free
@@ -149,7 +152,7 @@ class TableStore:
             if not os.path.isfile(os.path.join(path, "LIST")):
                 raise UserError(f"the table snapshot {name} is not in {folder}; give the --persistent_path and "
                                 "--persistent_path_fm that the checkpoint was saved with")
-            check_folder(folder, self.dim)
+            check_folder(folder, self.dim, self.size_factor)
             rows += sum(count_chunk(folder, name, index_file) for index_file in listed(path))
             if checksums and total is not None and os.path.exists(os.path.join(path, "CHECKSUMS")):
                 total += check_files(folder, name)
@@ -181,12 +184,12 @@ class TableStore:
         return checksum(os.path.join(path, "CHECKSUMS"))
 
     def read_snapshot(self, name, processes):
-        """Yield (keys int64 (n,), rows float32 (n, 3 * D)) of a snapshot that `processes` processes wrote."""
+        """Yield (keys int64 (n,), rows float32 (n, size_factor * D)) of a snapshot that `processes` processes wrote."""
         first, folders = rank() % processes, self.folders(processes)
         for folder in folders[first:] + folders[:first]:  # all processes read, each begins with another folder
             with alone_in(folder):
                 reader = flow.one_embedding.make_persistent_table_reader(
-                    [folder], name, flow.int64, flow.float, SIZE_FACTOR * self.dim, physical_block_size=BLOCK_SIZE)
+                    [folder], name, flow.int64, flow.float, self.size_factor * self.dim, physical_block_size=BLOCK_SIZE)
                 for keys, rows in reader:
                     if keys.min() < 0 or keys.max() > self.num_ids or not np.isfinite(rows).all():
                         raise UserError(f"the table snapshot {name} in {folder} has an id that is not in the table, or "
@@ -229,8 +232,11 @@ class Growth:
     def __init__(self, places, new_ids, origins):
         self.places, self.new_ids, self.origins = places, new_ids, origins
 
-    def blocks(self, blocks):
-        """Yield (ids, rows) of the grown table for those of the old one; new rows have no moments yet."""
+    def blocks(self, blocks, dim):
+        """Yield (ids, rows) of the grown table for those of the old one; dim: floats of a value.
+
+        The optimizer has kept nothing of new rows yet.
+        """
         found = {}
         for keys, rows in blocks:
             for place in np.flatnonzero(np.isin(keys, self.origins)):
@@ -242,7 +248,7 @@ class Growth:
             origins = self.origins[part][known]
             if len(origins):
                 rows = np.stack([found[origin] for origin in origins.tolist()])
-                rows[:, rows.shape[1] // SIZE_FACTOR:] = 0
+                rows[:, dim:] = 0
                 yield self.new_ids[part][known], rows
 
 
@@ -307,12 +313,12 @@ def row_bytes_in(folder):
     return read_number(os.path.join(folder, "VALUE_SIZE"))
 
 
-def check_folder(folder, dim):
+def check_folder(folder, dim, size_factor):
     """Check what OneFlow aborts on when it opens a table folder. Raises: UserError"""
     width = row_bytes_in(folder) // 4
-    if width != SIZE_FACTOR * dim:
-        raise UserError(f"{folder} holds rows of {width} floats, expected {SIZE_FACTOR} x {dim}; check "
-                        "--embedding_vec_size and the order of --persistent_path and --persistent_path_fm")
+    if width != size_factor * dim:
+        raise UserError(f"{folder} holds rows of {width} floats, expected {size_factor} x {dim}; check "
+                        "--embedding_vec_size, --optimizer and the order of --persistent_path and --persistent_path_fm")
     expected = (8, 4 * width, BLOCK_SIZE, CHUNK_BYTES // block_bytes(4 * width))
     for path, number in zip((os.path.join(folder, name) for name in SIZE_FILES), expected):
         if read_number(path) != number:

@@ -1,12 +1,16 @@
 """The tensors of a model between its graphs and its checkpoints, as arrays by name.
 
-In a checkpoint a parameter or buffer is called "model.<its name in the model>", Adam's moments "<that>-m", "<that>-v".
+In a checkpoint a parameter or buffer is called "model.<its name in the model>", Adam's moments "<that>-m", "<that>-v",
+Adagrad's sum of squares "<that>-sum".
 A table is a module of the model; what belongs to one goes to its snapshots instead, see tables.py.
 """
+
+import numpy as np
 
 from tools.trainer.checkpoints import USE_ANOTHER
 from tools.trainer.cli import UserError, shorten
 from tools.trainer.startup import flow
+from tools.trainer.tables import OPTIMIZERS
 
 THIS_GRAPH = "this-graph"  # for the graph's name in that of a dynamic loss scale: each graph has another one
 
@@ -41,6 +45,16 @@ def dense_arrays(model, optimizer_state, tables):
     return {name: to_numpy(tensor) for name, tensor in tensors.items() if not is_of_table(name, tables)}
 
 
+def finite_probabilities(output, count):
+    """The first `count` probabilities of a batch as float32 (count,); waits for its graph. Raises: UserError"""
+    probs = output.to_local().numpy()[:count, 0].copy()
+    if not np.isfinite(probs).all():
+        raise UserError(f"{np.count_nonzero(~np.isfinite(probs))} of {count} probabilities are not numbers: the "
+                        "model's parameters are not finite; use an earlier checkpoint, or train with a lower "
+                        "--learning_rate or --max_grad_norm")
+    return probs
+
+
 def to_numpy(tensor):
     if tensor.is_global:
         tensor = tensor.to_global(sbp=flow.sbp.broadcast).to_local()
@@ -59,8 +73,8 @@ def load_dense(model, saved, tables, placement, folder):
     """
     own = dense_model(model, tables)
     rest = {name: array for name, array in saved.items() if name not in own}
-    strange = sorted(name for name in rest if not (name[-2:] in ("-m", "-v") and name[:-2] in own
-                                                   or name.startswith("System-") or THIS_GRAPH in name))
+    kept = {f"{name}-{part}" for name in own for parts in OPTIMIZERS.values() for part in parts}
+    strange = sorted(name for name in rest if not (name in kept or name.startswith("System-") or THIS_GRAPH in name))
     missing = sorted(own.keys() - saved.keys())
     if strange or missing:
         raise UserError(f"{folder} {'lacks' if missing else 'also has'} the tensors {shorten(missing or strange)}: "

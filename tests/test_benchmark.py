@@ -178,3 +178,43 @@ def test_steps_worker_does_not_read(shared_dataset_dir, tmp_path):
     assert result["samples_per_second"] == pytest.approx(64_000 / result["ms_per_step"])
 
 
+
+
+PEER = """#!/bin/sh
+echo "$3" >>'{log}'
+echo '{{"auc": 0.75, "logloss": 0.4, "epochs": 3, "seconds": 1, "fuxictr": "2.3.9", "torch": "2.13"}}'
+"""
+
+
+def test_accuracy(shared_dataset_dir, tmp_path, capsys):
+    """A stand-in for FuxiCTR's Python gets the recipe that the trainer runs with."""
+    peer, out = tmp_path / "python", tmp_path / "accuracy.json"
+    peer.write_text(PEER.format(log=tmp_path / "specs"))
+    peer.chmod(0o755)
+    options = ["--dnn", "8,4", "--batch_size", "64", "--epochs", "2", "--monitor", "auc", "--batch_norm", "--seeds",
+               "1,2"]
+    assert benchmark.main(["accuracy", "--data", str(shared_dataset_dir), "--peer", str(peer), *options, "--json",
+                           str(out)]) == 0
+    specs = [json.loads(line) for line in (tmp_path / "specs").read_text().splitlines()]
+    assert [spec["seed"] for spec in specs] == [1, 2]
+    assert specs[0] == {**specs[0], "dnn": [8, 4], "batch_size": 64, "epochs": 2, "monitor": "auc", "batch_norm": True,
+                        "data": str(shared_dataset_dir), "embedding_l2": 1e-5, "max_grad_norm": 10.0}
+    runs = json.loads(out.read_text())["runs"]
+    assert set(runs) == {"here 1", "here 2", "FuxiCTR 1", "FuxiCTR 2"} and runs["here 1"][0]["epochs"] == 2
+    assert 0.3 < runs["here 1"][0]["auc"] < 1 and runs["here 1"] != runs["here 2"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "FuxiCTR 2.3.9, PyTorch 2.13; monitor auc"
+    assert [line.split("|")[1].strip() for line in lines[1:]] == ["seed", "-" * 14, "1", "2", "mean", "standard error"]
+
+
+def test_table_of_accuracy_by_hand():
+    runs = {("here", 1): (0.80, 0.45), ("here", 2): (0.84, 0.43),
+            ("FuxiCTR", 1): (0.81, 0.44), ("FuxiCTR", 2): (0.79, 0.44)}
+    runs = {job: {"auc": auc, "logloss": logloss} for job, (auc, logloss) in runs.items()}
+    rows = benchmark.accuracy_rows(runs, [1, 2])
+    assert rows == [
+        [1, "0.800000", "0.810000", "-0.010000", "0.450000", "0.440000", "+0.010000"],
+        [2, "0.840000", "0.790000", "+0.050000", "0.430000", "0.440000", "-0.010000"],
+        ["mean", "0.820000", "0.800000", "+0.020000", "0.440000", "0.440000", "+0.000000"],
+        ["standard error", "0.020000", "0.010000", "0.022361", "0.010000", "0.000000", "0.010000"]]
+    assert [row[0] for row in benchmark.accuracy_rows(runs, [1])] == [1, "mean"]

@@ -9,6 +9,7 @@
     python tools/benchmark.py scale --save_rows 10000000
     python tools/benchmark.py serve --peer /path/to/python/with/torch
     python tools/benchmark.py convert --num_rows 500000 --peer /path/to/python/with/fuxictr
+    python tools/benchmark.py accuracy --data data/mine --seeds 1,2,3 --peer /path/to/python/with/fuxictr
 
 prints a table, one line per job, of medians over --repeats runs; the jobs take turns, so that a slow spell of the
 machine hits all of them. --json FILE keeps every single measurement. Training runs are those of the launcher,
@@ -33,6 +34,7 @@ from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
 
 from tools.trainer import cli
 from tools.trainer.cli import Parser, UserError, int_list, number
+from tools.trainer.plateau import MONITORS
 
 TOOLS = Path(__file__).resolve().parent
 LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
@@ -492,7 +494,7 @@ def eval_run(work, args):
 
 
 def evaluate(args):
-    """Evaluation, with reading and metrics, against training in the same run; AUC and logloss of many rows."""
+    """Evaluation, with reading and metrics, against training in the same run; the metrics of many rows."""
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
         work = Path(work)
         train_rows = rows_for(args.batch_size, args.steps)
@@ -505,8 +507,9 @@ def evaluate(args):
             for key, name in names.items()]  # fmt: skip
     print_table(["job", "rows/s", "times training"], rows)
     held, extra = (median(results["metrics"], key) for key in ("held_bytes", "extra_bytes"))
-    print(f"AUC and logloss of {args.metric_rows} rows: {median(results['metrics'], 'seconds'):.2f} s; labels and "
-          f"scores take {held:.0f} bytes a row, computing AUC and logloss up to {extra:.0f} more")  # fmt: skip
+    seconds, grouped = (median(results["metrics"], key) for key in ("seconds", "seconds_with_groups"))
+    print(f"metrics of {args.metric_rows} rows: {seconds:.2f} s, with GAUC {grouped:.2f} s; labels and scores take "
+          f"{held:.0f} bytes a row, groups 8, computing up to {extra:.0f} more")  # fmt: skip
     write_json(args.json, {"settings": settings(args), "runs": results})
 
 
@@ -564,6 +567,76 @@ def scale_checkpoint(args):
     print_table(["rows", "save s", "load s", "of it checksums s", "bytes/row on disk", "peak MB"],
                 [[args.save_rows, *(f"{median(results, name):.1f}" for name in names)]])  # fmt: skip
     write_json(args.json, {"settings": settings(args), "runs": results})
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+
+
+MODEL = ("dnn", "embedding_vec_size", "net_dropout", "batch_norm", "embedding_l2", "learning_rate", "batch_size",
+         "max_grad_norm", "monitor", "epochs", "early_stop_patience")  # what both are given
+
+
+def train_here(work, args, seed):
+    """The trainer's metrics on test, in one process; the rate is cut after each epoch without gain, as FuxiCTR's."""
+    options = {name: getattr(args, name) for name in MODEL if name != "batch_norm"}
+    options.update(dnn=",".join(map(str, args.dnn)), patience=1, seed=seed, device="cpu", data_dir=args.data)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        places = {"persistent_path": f"{folder}/t", "persistent_path_fm": f"{folder}/f", "log_dir": f"{folder}/logs"}
+        command = [sys.executable, str(TOOLS.parent / "deepfm_train_eval.py"), *["--batch_norm"] * args.batch_norm,
+                   *(f"--{name}={value}" for name, value in {**options, **places}.items())]  # fmt: skip
+        start = time.perf_counter()
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode:
+            raise UserError("the training run failed:\n" + "\n".join(result.stdout.splitlines()[-15:]))
+        lines = read_metrics(Path(folder) / "logs" / "metrics.jsonl")
+    return {"auc": lines[-1]["auc"], "logloss": lines[-1]["logloss"], "seconds": time.perf_counter() - start,
+            "best_epoch": lines[-1]["epoch"], "epochs": lines[-2]["epoch"]}  # fmt: skip
+
+
+def accuracy(args):
+    """Test AUC and logloss of this trainer and of FuxiCTR: the same rows, recipe, monitor and seeds.
+
+    Printed are the means over the seeds, their standard errors, and the difference with its standard error.
+    """
+    recipe = {name: getattr(args, name) for name in MODEL}
+    jobs = {}
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        for seed in args.seeds:
+            spec = json.dumps({**recipe, "data": args.data, "seed": seed, "folder": work})
+            jobs["here", seed] = lambda seed=seed: train_here(work, args, seed)
+            jobs["FuxiCTR", seed] = lambda spec=spec: run_measured([args.peer, WORKERS, "fuxictr", spec])
+        results = take_turns(jobs, 1)
+    runs = {job: runs[0] for job, runs in results.items()}
+    print(f"FuxiCTR {runs['FuxiCTR', args.seeds[0]]['fuxictr']}, PyTorch {runs['FuxiCTR', args.seeds[0]]['torch']}; "
+          f"monitor {args.monitor}")  # fmt: skip
+    print_table(["seed", "AUC here", "FuxiCTR", "difference", "logloss here", "FuxiCTR", "difference"],
+                accuracy_rows(runs, args.seeds))  # fmt: skip
+    write_json(args.json, {"settings": settings(args), "runs": named(results)})
+
+
+def accuracy_rows(runs, seeds):
+    """A row per seed, then means and standard errors, that of a difference from those of its two sides."""
+    values = {(metric, side): [runs[side, seed][metric] for seed in seeds]
+              for metric in ("auc", "logloss") for side in ("here", "FuxiCTR")}  # fmt: skip
+
+    def row(name, numbers, differences):
+        cells = [f"{numbers['auc', 'here']:.6f}", f"{numbers['auc', 'FuxiCTR']:.6f}", f"{differences['auc']:+.6f}"]
+        return [name, *cells, f"{numbers['logloss', 'here']:.6f}", f"{numbers['logloss', 'FuxiCTR']:.6f}",
+                f"{differences['logloss']:+.6f}"]  # fmt: skip
+
+    def minus(numbers):
+        return {metric: numbers[metric, "here"] - numbers[metric, "FuxiCTR"] for metric in ("auc", "logloss")}
+
+    singles = [{key: numbers[i] for key, numbers in values.items()} for i in range(len(seeds))]
+    rows = [row(seed, single, minus(single)) for seed, single in zip(seeds, singles)]
+    means = {key: statistics.mean(numbers) for key, numbers in values.items()}
+    rows.append(row("mean", means, minus(means)))
+    if len(seeds) > 1:
+        errors = {key: statistics.stdev(numbers) / len(seeds) ** 0.5 for key, numbers in values.items()}
+        both = {metric: (errors[metric, "here"] ** 2 + errors[metric, "FuxiCTR"] ** 2) ** 0.5
+                for metric in ("auc", "logloss")}  # fmt: skip
+        rows.append([cell.lstrip("+") for cell in row("standard error", errors, both)])
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- serve
@@ -637,11 +710,11 @@ def parse_args(argv=None):
     command.add_argument("--num_rows", type=natural, default=2_000_000, help="rows that are read")
     add_shared_options(command)
 
-    command = add_command(evaluate, "eval", "evaluation against training, AUC and logloss")
+    command = add_command(evaluate, "eval", "evaluation against training, metrics")
     add_data_options(command)
     add_run_options(command, steps=12)
     command.add_argument("--num_rows", type=natural, default=400_000, help="rows that are scored")
-    command.add_argument("--metric_rows", type=natural, default=4_584_062, help="rows of the AUC")
+    command.add_argument("--metric_rows", type=natural, default=4_584_062, help="rows of the metrics")
     add_shared_options(command)
 
     command = add_command(scale, "scale", "step time and memory as tables, fields and batches grow; checkpoints")
@@ -663,7 +736,31 @@ def parse_args(argv=None):
     command.add_argument("--memory_gb", type=float, default=1, help="--memory_gb of the converters")
     command.add_argument("--peer", help="a Python that has fuxictr 2.3, to be measured on the same files")
     add_shared_options(command)
+
+    command = add_command(accuracy, "accuracy", "test AUC and logloss beside FuxiCTR's, over several seeds")
+    add_accuracy_options(command)
     return parser.parse_args(argv)
+
+
+def add_accuracy_options(command):
+    command.add_argument("--data", required=True, help="dataset folder, with dataset_info.json")
+    command.add_argument("--peer", required=True, help="a Python that has fuxictr 2.3")
+    command.add_argument("--seeds", type=int_list, default=[1, 2, 3], help="a run of each for each seed")
+    command.add_argument("--dnn", type=int_list, default=[400, 400, 400], help="hidden units of the DNN")
+    command.add_argument("--embedding_vec_size", type=natural, default=10, help="embedding vector size, floats per id")
+    command.add_argument("--net_dropout", type=float, default=0.2, help="dropout rate behind the hidden layers")
+    command.add_argument("--batch_norm", action="store_true", help="batch normalisation in the hidden layers")
+    command.add_argument("--embedding_l2", type=float, default=1e-5, help="L2 weight of the tables")
+    command.add_argument("--learning_rate", type=float, default=0.001, help="initial learning rate of Adam")
+    command.add_argument("--batch_size", type=natural, default=4096, help="samples per step")
+    command.add_argument("--max_grad_norm", type=number(float, 0, open_low=True), default=10.0,
+                         help="the global gradient norm is clipped to")
+    command.add_argument("--monitor", choices=tuple(MONITORS), default="auc-logloss", help="what decides on val")
+    command.add_argument("--epochs", type=natural, default=100, help="maximum number of epochs")
+    command.add_argument("--early_stop_patience", type=natural, default=2,
+                         help="epochs without gain after which training stops; the rate is cut after each of them")
+    command.add_argument("--json", help="file for all measurements")
+    command.add_argument("--work_dir", help="folder for scratch data; default: the system's")
 
 
 def main(argv=None):

@@ -258,10 +258,10 @@ def steps_worker(spec):
     batch = next(module.batches_of_epoch(trainer))
     for step_number in range(spec["warmup"] + spec["steps"]):
         if step_number == spec["warmup"]:
-            module.check_finite(loss, trainer)  # noqa: F821 - waits for the warm-up, which comes first
+            float(loss.to_local().numpy())  # noqa: F821 - waits for the warm-up, which comes first
             start = time.perf_counter()
         loss = trainer.train_step(batch)
-    module.check_finite(loss, trainer)
+    float(loss.to_local().numpy())
     seconds = time.perf_counter() - start
     ms = 1000 * seconds / spec["steps"]
     return {"ms_per_step": ms, "samples_per_second": 1000 * len(batch.ids) / ms}
@@ -288,19 +288,23 @@ def loader_worker(spec):
 
 
 def metrics_worker(spec):
-    """AUC and logloss of random scores; the memory that computing them takes on top of scores and labels."""
+    """All metrics of random scores, without and with groups; the memory that it takes on top of what is held."""
     import numpy as np
 
     module = import_trainer()
     rng = np.random.default_rng(0)
     labels = (rng.random(spec["rows"], np.float32) < 0.25).astype(np.float32)
     probs = rng.random(spec["rows"], np.float32)
-    before = peak_of_this_process()
-    start = time.perf_counter()
-    module.compute_metrics(labels, probs)
-    seconds = time.perf_counter() - start
-    extra = (peak_of_this_process() - before) / spec["rows"]
-    return {"seconds": seconds, "held_bytes": (labels.nbytes + probs.nbytes) / spec["rows"], "extra_bytes": extra}
+    groups = rng.integers(-2**62, 2**62, 1 + spec["rows"] // 9)
+    groups = groups[rng.integers(0, len(groups), spec["rows"])]
+    result = {}
+    for name, scores in (("seconds", module.metrics.Scores(probs, labels)),
+                         ("seconds_with_groups", module.metrics.Scores(probs, labels, groups=groups))):  # fmt: skip
+        before, start = peak_of_this_process(), time.perf_counter()
+        module.compute_metrics(scores)
+        result[name] = time.perf_counter() - start
+        result.setdefault("extra_bytes", (peak_of_this_process() - before) / spec["rows"])
+    return {**result, "held_bytes": (labels.nbytes + probs.nbytes) / spec["rows"]}
 
 
 def peak_of_this_process():
@@ -311,7 +315,7 @@ def checkpoint_worker(spec):
     """Build the tables, take one step, save, load; in one process. Loading compares checksums first."""
     module, trainer, checkpointer = open_trainer(spec)
     rows = trainer.dataset.num_ids
-    module.check_finite(trainer.train_step(next(module.batches_of_epoch(trainer))), trainer)
+    float(trainer.train_step(next(module.batches_of_epoch(trainer))).to_local().numpy())
     start = time.perf_counter()
     checkpointer.save(trainer, ["saved"])
     saved = time.perf_counter()
@@ -323,6 +327,92 @@ def checkpoint_worker(spec):
     size = sum(path.stat().st_size for path in Path(spec["work_dir"]).rglob("*") if path.is_file())
     return {"save_seconds": saved - start, "check_seconds": checked - saved, "load_seconds": loaded - saved,
             "bytes_per_row": size / rows}  # fmt: skip
+
+
+class FuxiCTRBatches:
+    """Batches {column: tensor} of a split of the dataset, ids within their fields.
+
+    From memory, where FuxiCTR's own loader has the rows of a small data set too; shuffled anew in every epoch.
+    """
+
+    def __init__(self, spec, fields, split, shuffle=False):
+        import polars
+        import torch
+
+        table = polars.read_parquet(sorted(Path(spec["data"], split).glob("*.parquet")))
+        self.columns = {field["name"]: torch.from_numpy(table[field["name"]].to_numpy().astype("int64"))
+                        - field["offset"] for field in fields}  # fmt: skip
+        self.columns["Label"] = torch.from_numpy(table["Label"].to_numpy().astype("float32"))
+        self.rows, self.batch_size, self.shuffle = len(table), spec["batch_size"], shuffle
+
+    def __len__(self):
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self):
+        import torch
+
+        order = torch.randperm(self.rows) if self.shuffle else torch.arange(self.rows)
+        for chosen in order.split(self.batch_size):
+            yield {name: column[chosen] for name, column in self.columns.items()}
+
+
+def fuxictr_model(features, spec, **options):
+    """DeepFM of FuxiCTR's layers; features: its FeatureMap."""
+    from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
+    from fuxictr.pytorch.models import BaseModel
+
+    class DeepFM(BaseModel):
+        def __init__(self):
+            super().__init__(features, "DeepFM", gpu=-1, **options)
+            self.embedding = FeatureEmbedding(features, spec["embedding_vec_size"])
+            self.fm = FactorizationMachine(features)
+            self.mlp = MLP_Block(features.sum_emb_out_dim(), spec["dnn"], "ReLU", output_dim=1, output_activation=None,
+                                 dropout_rates=spec["net_dropout"], batch_norm=spec["batch_norm"])  # fmt: skip
+            self.compile("adam", "binary_crossentropy", spec["learning_rate"])
+            self.reset_parameters()
+            self.model_to_device()
+
+        def forward(self, inputs):
+            ids = self.get_inputs(inputs)
+            embeddings = self.embedding(ids)
+            return {"y_pred": self.output_activation(self.fm(ids, embeddings) + self.mlp(embeddings.flatten(1)))}
+
+    return DeepFM()
+
+
+def fuxictr_worker(spec):
+    """Train in FuxiCTR's own loop, score test with its best epoch; for a Python that has fuxictr 2.3."""
+    import fuxictr
+    import torch
+    from fuxictr.features import FeatureMap
+    from fuxictr.pytorch.torch_utils import seed_everything
+
+    start = time.perf_counter()
+    seed_everything(spec["seed"])
+    fields = json.loads((Path(spec["data"]) / "dataset_info.json").read_text())["fields"]
+    features = FeatureMap("data", ".")
+    features.features.update({field["name"]: {"source": "", "type": "categorical", "vocab_size": field["table_size"]}
+                              for field in fields})  # fmt: skip
+    features.labels, features.default_emb_dim = ["Label"], spec["embedding_vec_size"]
+    features.num_fields = features.get_num_fields()
+    features.set_column_index()
+    monitor = {"auc-logloss": {"AUC": 1, "logloss": -1}, "auc": "AUC", "logloss": "logloss"}[spec["monitor"]]
+    folder = Path(spec["folder"], "fuxictr", str(spec["seed"]))
+    (folder / "data").mkdir(parents=True)
+    model = fuxictr_model(
+        features, spec, monitor=monitor, monitor_mode="min" if monitor == "logloss" else "max", verbose=0,
+        early_stop_patience=spec["early_stop_patience"], embedding_regularizer=float(spec["embedding_l2"]),
+        net_regularizer=None, reduce_lr_on_plateau=True, model_root=str(folder),
+        metrics=["AUC", "logloss"])  # fmt: skip
+    model.fit(FuxiCTRBatches(spec, fields, "train", True), epochs=spec["epochs"],
+              validation_data=FuxiCTRBatches(spec, fields, "val"), max_gradient_norm=spec["max_grad_norm"])  # fmt: skip
+    found = model.evaluate(FuxiCTRBatches(spec, fields, "test"), metrics=["AUC", "logloss"])
+    return {"auc": float(found["AUC"]), "logloss": float(found["logloss"]), "epochs": model._epoch_index + 1,
+            "seconds": time.perf_counter() - start, "fuxictr": fuxictr.__version__, "torch": torch.__version__}
+
+
+WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "loader": loader_worker,
+           "metrics": metrics_worker, "checkpoint": checkpoint_worker, "fuxictr": fuxictr_worker}  # fmt: skip
 
 
 def serve_worker(spec):

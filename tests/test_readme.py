@@ -59,7 +59,8 @@ def options_of():
     def look(program):
         if program not in known:
             script = "deepfm_train_eval.py" if program.startswith("train_deepfm") else program
-            words = ["step", "loader", "eval", "scale", "serve", "convert"] if "benchmark" in program else [None]
+            words = ["step", "loader", "eval", "scale", "serve", "convert", "accuracy"]
+            words = words if "benchmark" in program else [None]
             runner = "bash" if script.endswith(".sh") else sys.executable
             text = "".join(subprocess.run(
                 [runner, ROOT / script, *([word] if word else []), "--help"], capture_output=True, text=True,

@@ -249,20 +249,15 @@ def find_fields(info, splits, data_dir, others):
 
     others: columns that are no fields, if no dataset_info.json says so.
     """
-    def columns_of_fields(split):
-        """All columns but the label, the index that pandas may have added and `others`."""
-        return [name for name in split.columns
-                if name != LABEL and name not in others and not name.startswith("__index_level_")]
-
-    fields, lists = info.get("fields") or columns_of_fields(splits["train"]), info.get("lists", {})
+    fields, lists = info.get("fields") or columns_of_fields(splits["train"], others), info.get("lists", {})
     wanted = [column for field in fields for column in lists.get(field, [field])]
     for split in splits.values():
         missing = [name for name in (LABEL, *wanted) if name not in split.columns]
         if missing:
             raise UserError(f"{split.files[0]} lacks the column{'s' * (len(missing) > 1)} {shorten(missing)}; its "
                             f"columns are {shorten(split.columns)}")
-        if not info and set(columns_of_fields(split)) != set(fields):
-            different = sorted(set(columns_of_fields(split)) ^ set(fields))
+        if not info and set(columns_of_fields(split, others)) != set(fields):
+            different = sorted(set(columns_of_fields(split, others)) ^ set(fields))
             raise UserError(f"the {split.name} split has columns {shorten(split.columns)}, but train has "
                             f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
@@ -273,6 +268,12 @@ def find_fields(info, splits, data_dir, others):
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")
     return fields, lists
+
+
+def columns_of_fields(split, others=()):
+    """All columns but the label, the index that pandas may have added and `others`."""
+    return [name for name in split.columns
+            if name != LABEL and name not in others and not name.startswith("__index_level_")]
 
 
 def agreed(argument, from_info, name):

@@ -13,22 +13,21 @@ Letters in shape comments: B batch, F fields, C columns of ids (a field of lists
 H hidden units.
 """
 
+from tools.trainer.cli import start_script
+
+if __name__ == "__main__":
+    start_script()  # imports take seconds
+
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import warnings
 from contextlib import ExitStack, closing, suppress
 from typing import NamedTuple
-
-from tools.trainer.cli import start_script
-
-if __name__ == "__main__":
-    start_script()  # imports take seconds
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
 from tools.trainer.startup import flow, prepare_graphs, prepare_run
@@ -40,7 +39,7 @@ import pyarrow as pa
 from tools.serving.growth import growth_of
 from tools.serving.output import check_output
 from tools.serving.predictor import Predictor, write_predictions
-from tools.trainer import checkpoints, cpu, metrics, run_log, tensors
+from tools.trainer import checkpoints, chunks, cpu, metrics, run_log, tensors
 from tools.trainer.arguments import check_arguments
 from tools.trainer.batches import (
     draw_masks,
@@ -51,7 +50,6 @@ from tools.trainer.batches import (
     train_batches,
 )
 from tools.trainer.cli import (
-    INTERRUPTED,
     Parser,
     UserError,
     boolean,
@@ -60,7 +58,6 @@ from tools.trainer.cli import (
     int_list,
     name_list,
     number,
-    os_error_text,
 )
 from tools.trainer.dataset import (
     LABEL,
@@ -73,12 +70,24 @@ from tools.trainer.dataset import (
     read_dataset,
 )
 from tools.trainer.files import hold, sync
+from tools.trainer.peers import run_together
 from tools.trainer.plateau import MONITORS
-from tools.trainer.processes import give_up, on_rank0, print_rank0, progress_bar, rank, to_split, world_size
+from tools.trainer.processes import (
+    all_agree,
+    check_same_data,
+    from_rank0,
+    on_rank0,
+    print_rank0,
+    progress_bar,
+    rank,
+    share_arrays,
+    to_split,
+    world_size,
+)
 from tools.trainer.progress import Progress, trained_epoch
 from tools.trainer.run_record import write_record
 from tools.trainer.schedule import LONGEST, TRAIN_STEP, BiasCorrection, Factors, WarmUp
-from tools.trainer.tables import BLOCK_SIZE, OPTIMIZERS, TableStore
+from tools.trainer.tables import OPTIMIZERS, Growth, TableStore, hold_paths
 
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
 for category in (FutureWarning, DeprecationWarning, UserWarning):
@@ -203,7 +212,7 @@ def add_storage_options(parser):
     saving.add_argument("--keep_checkpoints", type=POSITIVE, default=2,
                         help="number of checkpoints for --resume that are kept; best and initial always stay")
     saving.add_argument("--skip_checksums", action="store_true",
-                        help="load a checkpoint without comparing its files and tables with their checksums")
+                        help="use data and checkpoints without comparing files and tables with their checksums")
 
     use = parser.add_argument_group("evaluation and prediction")
     use.add_argument("--eval_only", action="store_true", help="score val and test of --model_load_dir, then end")
@@ -265,6 +274,7 @@ def read_rows(dataset, split, lane=0, num_lanes=1, seed=None):
     A lane is every num_lanes-th row group. seed: None reads in order, a positive number shuffles the row groups.
     Raises: UserError for an id outside its table or a label that is not 0 or 1.
     """
+    split.check_files()
     lanes = {"cur_shard": lane, "shard_count": num_lanes} if num_lanes > 1 else {}
     dtype = np.int32 if dataset.num_ids < 2**31 - 1 else np.int64
     wanted = dict.fromkeys([*([LABEL] if split.labelled else []), *dataset.columns, *split.extras.values()])
@@ -325,7 +335,7 @@ class OneEmbedding(nn.Module):
 def make_store_options(store_type, store, capacity, cache_memory_budget_mb):
     """OneEmbedding's options of a --store_type for a TableStore; capacity: number of rows over all processes."""
     common = {"persistent_path": store.path, "capacity": capacity, "size_factor": store.size_factor,
-              "physical_block_size": BLOCK_SIZE}
+              "physical_block_size": chunks.BLOCK_SIZE}
     if store_type == "device_mem":
         return flow.one_embedding.make_device_mem_store_options(**common)
     if store_type == "cached_host_mem":
@@ -1081,11 +1091,11 @@ def check_data(args, dataset, folder, to_train):
 
     Raises: UserError where the dataset is another one.
     """
-    state = checkpoints.read_checkpoint(folder)
+    state = from_rank0(checkpoints.read_checkpoint, folder)
     model, fingerprint = state["model"], state.get("data", {}).get("fingerprint")
     if None not in (fingerprint, dataset.fingerprint) and fingerprint != dataset.fingerprint:
         if to_train:
-            return growth_of(folder, args.data_dir, args.new_rows)
+            return Growth(**share_arrays(lambda: vars(growth_of(folder, args.data_dir, args.new_rows))))
         raise UserError(f"{folder} was trained on rows encoded with another vocabulary than those of --data_dir "
                         f"{args.data_dir}; use the data it was trained on, or encode the raw rows again with "
                         "tools/encode_rows.py")
@@ -1105,12 +1115,11 @@ def start_run(args, dataset):
     """A new, continued or resumed run -> (Trainer, Checkpointer, step it resumes from or None)"""
     save_dir, tables = save_dir_of(args), make_tables(args, dataset.num_ids)
     if args.resume:
-        on_rank0(checkpoints.prepare_resume, save_dir, tables)
+        checkpoints.prepare_resume(save_dir, tables)
     else:
-        on_rank0(checkpoints.prepare_new_run, save_dir, tables, args.data_dir, args.model_load_dir,
-                 args.overwrite_tables)
-    started = checkpoints.read_run(save_dir)
-    found = checkpoints.find_checkpoints(save_dir) if args.resume else {}
+        checkpoints.prepare_new_run(save_dir, tables, args.data_dir, args.model_load_dir, args.overwrite_tables)
+    started = from_rank0(checkpoints.read_run, save_dir)
+    found = from_rank0(checkpoints.find_checkpoints, save_dir) if args.resume else {}
     if not found:
         if args.resume:
             print_rank0(f"No complete checkpoint in {save_dir} yet: starting from the beginning")
@@ -1134,14 +1143,6 @@ def start_run(args, dataset):
     return trainer, checkpointer, trainer.step
 
 
-def hold_folders(args, held):
-    """Lock the folders of a run until `held` closes: one that is started too early would damage the first."""
-    for path in (args.persistent_path, args.persistent_path_fm):
-        hold(path, held, f"another run is training with the tables in {path}; wait for its end or stop it")
-    if args.model_save_dir:
-        hold(args.model_save_dir, held, f"another run is saving to {args.model_save_dir}; wait for its end or stop it")
-
-
 def run(args):
     prepare_run(on_cpu=args.device == "cpu")
     if args.predict:
@@ -1149,16 +1150,21 @@ def run(args):
         run_log.describe(trainer)
         return write_predictions(trainer)
     num_samples = {split: getattr(args, f"num_{split}_samples") for split in SPLITS}
-    dataset = read_dataset(args.data_dir, args.table_size_array, num_samples, args.weight_column, args.group_column)
+    dataset = all_agree(read_dataset, args.data_dir, args.table_size_array, num_samples, args.weight_column,
+                        args.group_column, not args.skip_checksums)
+    check_same_data(dataset, args.data_dir)
     if args.eval_only:
         trainer, _ = open_checkpoint(args, args.model_load_dir, dataset)
         run_log.describe(trainer)
-        epoch = trained_epoch(checkpoints.read_checkpoint(args.model_load_dir)["progress"])
+        epoch = trained_epoch(from_rank0(checkpoints.read_checkpoint, args.model_load_dir)["progress"])
         for split in ("val", "test"):
             trainer.evaluate(split, epoch)
         return None
     with ExitStack() as held:
-        on_rank0(hold_folders, args, held)
+        hold_paths([getattr(args, option) for option in TABLES.values()], held)
+        if args.model_save_dir:
+            on_rank0(hold, args.model_save_dir, held, f"another run is saving to {args.model_save_dir}; wait for its "
+                     "end or stop it")
         trainer, checkpointer, resumed_step = start_run(args, dataset)
         run_log.describe(trainer)
         on_rank0(write_record, args, dataset, checkpointer.run_id, resumed_step, trainer.device.machine())
@@ -1168,17 +1174,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        run(args)
-    except UserError as error:
-        give_up(f"error: {error}", 1)
-    except OSError as error:
-        give_up(f"error: {os_error_text(error)}", 1)
-    except MemoryError as error:
-        give_up(f"error: not enough memory for these sizes of model, tables and batch ({error})", 1)
-    except KeyboardInterrupt:
-        give_up("error: interrupted" + ("; continue with --resume" if args.model_save_dir else ""), INTERRUPTED)
+    run_together(lambda: run(args), "; continue with --resume" if args.model_save_dir else "")
 
 
 if __name__ == "__main__":

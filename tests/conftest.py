@@ -38,9 +38,12 @@ def write_split(folder, labels, ids, row_group_rows, names=None):
     pq.write_table(pa.table(columns), folder / "part-00000.parquet", row_group_size=row_group_rows)
 
 
-def make_dataset(folder, rows=(403, 101, 97), table_sizes=TABLE_SIZES, row_group_rows=51, seed=0, info=True):
+def make_dataset(folder, rows=(403, 101, 97), table_sizes=TABLE_SIZES, row_group_rows=51, seed=0, info=True,
+                 digests=False):
     """A dataset as design.md says. The label follows the parity-like interaction of the first two fields."""
     rng = np.random.default_rng(seed)
+    from tools.trainer.dataset import digests_of
+
     offsets = np.concatenate([[0], np.cumsum(table_sizes)[:-1]])
     for name, count in zip(("train", "val", "test"), rows):
         local = np.stack([np.minimum(rng.geometric(0.3, count) - 1, size - 1) for size in table_sizes], axis=1)
@@ -52,6 +55,8 @@ def make_dataset(folder, rows=(403, 101, 97), table_sizes=TABLE_SIZES, row_group
                   for i, (size, offset) in enumerate(zip(table_sizes, offsets))]
         description = {"format_version": 1, "label": "Label", "fields": fields,
                        "num_samples": dict(zip(("train", "val", "test"), rows)), "source": {"tool": "tests"}}
+        if digests:
+            description["files"] = digests_of(str(folder))
         (Path(folder) / "dataset_info.json").write_text(json.dumps(description))
     return Path(folder)
 

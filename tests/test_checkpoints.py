@@ -19,7 +19,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
 from tools.trainer import checkpoints
-from tools.trainer.cli import UserError
+from tools.trainer.files import hold
 from tools.trainer.tables import TableStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # petastorm uses pyarrow's old interfaces
@@ -249,7 +249,7 @@ def test_twenty_saves_take_the_space_of_three(uninterrupted):
         assert len(list((folder / "values").iterdir())) == len(list((folder / "keys").iterdir())) == 3
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
 def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
     """A kill before the n-th rename leaves the old or the new checkpoint, whole."""
     for name, text in (("best", "old"), (checkpoints.STAGING, "new")):
@@ -269,10 +269,10 @@ def test_replaced_checkpoint_is_never_half(monkeypatch, tmp_path, renames):
         checkpoints.publish(str(tmp_path / checkpoints.STAGING), ["best"], str(tmp_path))
     monkeypatch.setattr(os, "rename", rename)
     found = Path(checkpoints.find_folder(str(tmp_path / "best")))  # what --eval_only uses, also without cleaning
-    assert (found / "state.json").read_text() == ("new" if renames == 2 else "old")
+    assert (found / "state.json").read_text() == ("new" if renames == 3 else "old")
     checkpoints.clean_save_dir(str(tmp_path))
     contents = {path.name: path.read_text() for path in (tmp_path / "best").iterdir()}
-    assert contents == dict.fromkeys(("state.json", "dense.npz"), "new" if renames == 2 else "old")
+    assert contents == dict.fromkeys(("state.json", "dense.npz"), "new" if renames == 3 else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -287,7 +287,7 @@ def test_all_is_flushed_before_it_gets_its_name(monkeypatch, tmp_path):
 
     def watched_rename(source, target):
         folder = os.path.dirname(target)
-        if os.path.isdir(source) and os.path.basename(source) != "best":
+        if os.path.isdir(source) and not os.path.basename(target).startswith("."):
             names.add(os.stat(folder).st_ino)
             parts = [source] + [f"{folder}/../{kind}" for kind in ("keys", "values")] * folder.endswith("snapshots")
             late.extend(path for part in map(Path, parts) for path in [part, *part.rglob("*")]
@@ -389,6 +389,17 @@ def double(path):
     path.write_text(path.read_text().strip() * 2)
 
 
+def clip(path):
+    """Ends within a number."""
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def pipe(path):
+    """Reading it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def halve(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -408,7 +419,7 @@ def halve(path):
     (reverse, "tables/0-1/snapshots/*/index-*", "was changed or damaged since the checkpoint was saved"),
     (flip, "tables/0-1/snapshots/*/CHECKSUMS", "use another checkpoint"),
     (remove, "tables/0-1/snapshots/*/CHECKSUMS", "is not the one that was saved with the checkpoint"),
-    (zero, "tables/0-1/snapshots/*/LIST", "LIST is damaged"),
+    (zero, "tables/0-1/snapshots/*/LIST", "LIST is missing or damaged"),
     (zero, "tables/0-1/KEY_SIZE", "KEY_SIZE is missing or damaged"),
     (zero, "tables/0-1/VALUE_SIZE", "VALUE_SIZE is missing or damaged"),
     (double, "tables/0-1/PHYSICAL_BLOCK_SIZE", "PHYSICAL_BLOCK_SIZE is 40964096, expected 4096"),
@@ -417,6 +428,11 @@ def halve(path):
     (remove, "tables_fm/0-1/keys/*", "missing or incomplete"),
     (remove, "tables/0-1/snapshots/*/LIST", "table snapshot"),
     (halve, "tables/0-1/snapshots/*/index-*", "was changed or damaged since the checkpoint was saved"),
+    (clip, "tables/0-1/snapshots/*/index-*", "missing or incomplete"),
+    (pipe, "save/best_checkpoint/state.json", "not a complete checkpoint"),
+    (pipe, "save/best_checkpoint/dense.npz", "dense.npz cannot be read ([Errno 22] not a regular file"),
+    (pipe, "tables/0-1/keys/*", "is missing or not a file"),
+    (pipe, "tables/0-1/snapshots/*/CHECKSUMS", "CHECKSUMS is damaged"),
 ])
 def test_half_checkpoints_are_refused(fails, finished, shared_dataset_dir, tmp_path, damage, pattern, message):
     work = copy_of(finished[0], tmp_path)
@@ -433,8 +449,9 @@ def test_missing_tensor_is_refused(fails, finished, shared_dataset_dir, tmp_path
     bias = saved.pop("model.dnn.bias_1")
     evaluate = ["--eval_only", "--model_load_dir", best, "--skip_checksums"]
     for change, message in (({}, "lacks the tensors model.dnn.bias_1 (1)"),
+                            ({"model.dnn.bias_1": bias.astype("U8")}, "has <U8 (8,) for model.dnn.bias_1, expected"),
                             ({"model.dnn.bias_1": bias, "model.cross.weight": bias}, "also has the tensors model.cr"),
-                            ({"model.dnn.bias_1": bias[:3]}, "has (3,) for model.dnn.bias_1, expected (8,)")):
+                            ({"model.dnn.bias_1": bias[:3]}, "has float32 (3,) for model.dnn.bias_1, expected float")):
         np.savez(best / "dense.npz", **saved, **change)
         assert message in fails(shared_dataset_dir, work, *evaluate)
 
@@ -464,6 +481,11 @@ def test_numbers_that_are_not_finite_are_refused(fails, finished, shared_dataset
     saved["model.dnn.bias_1"][2] = np.nan
     np.savez(best / "dense.npz", **saved)
     options = ["--model_load_dir", best, "--skip_checksums"]
+    assert "numbers in model.dnn.bias_1 that are not finite" in fails(shared_dataset_dir, work, "--eval_only", *options)
+    saved["model.dnn.bias_1"][2] = 0
+    saved["model.dnn.bias_0"][:], saved["model.dnn.weight_1"][:] = 1000, 3e38  # overflows: infinite minus infinite
+    saved["model.dnn.weight_2"][:] = [[1, -1] * 4]
+    np.savez(best / "dense.npz", **saved)
     error = fails(shared_dataset_dir, work, "--eval_only", *options)
     assert re.search(r"(\d+) of \1 probabilities are not numbers", error)
     target = tmp_path / "out.parquet"
@@ -471,21 +493,25 @@ def test_numbers_that_are_not_finite_are_refused(fails, finished, shared_dataset
     assert "are not numbers" in fails(shared_dataset_dir, work, *predict, *options) and not target.exists()
 
 
+def old_checkpoint(folder):
+    """Rewrite a checkpoint as versions before checksums wrote it."""
+    state = json.loads((folder / "state.json").read_text())
+    dense = checkpoints.read_dense(str(folder), state)
+    flow.save({name: flow.tensor(array) for name, array in dense.items()}, str(folder / "dense"))
+    (folder / "dense.npz").unlink()
+    state["format_version"] = 1
+    del state["digest"], state["files"]
+    for table in state["tables"].values():
+        del table["checksum"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 @pytest.fixture(scope="module")
 def old_format(finished, tmp_path_factory):
     """The same run as versions before checksums wrote it."""
     work = copy_of(finished[0], tmp_path_factory.mktemp("old_format"))
-    for folder in (work / "save").glob("*/state.json"):
-        folder = folder.parent
-        state = json.loads((folder / "state.json").read_text())
-        dense = checkpoints.read_dense(str(folder), state)
-        flow.save({name: flow.tensor(array) for name, array in dense.items()}, str(folder / "dense"))
-        (folder / "dense.npz").unlink()
-        state["format_version"] = 1
-        del state["digest"], state["files"]
-        for table in state["tables"].values():
-            del table["checksum"]
-        (folder / "state.json").write_text(json.dumps(state))
+    for path in (work / "save").glob("*/state.json"):
+        old_checkpoint(path.parent)
     for path in work.glob("tables*/0-1/snapshots/*/CHECKSUMS"):
         path.unlink()
     return work
@@ -733,27 +759,41 @@ def test_folders_are_named_as_oneembedding_names_them():
     assert store.folders(10) == [f"t/0{process}-10" for process in range(10)]
 
 
-def test_full_disk_stops_before_anything_is_written(monkeypatch, tmp_path):
-    """Keys and index of 8 bytes, and blocks of 4 KiB with 42 rows of 96 bytes."""
+def test_full_disk_stops_before_anything_is_written(monkeypatch, fails, run_here, finished, shared_dataset_dir,
+                                                    tmp_path):
+    """Rows of both tables and a dense part per name, counted together where one disk has them."""
+    work = copy_of(finished[0], tmp_path / "work")
+    usage, free = namedtuple("usage", "total used free"), [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free[0]))
+    options = [shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save", "--train_batches", "15"]
+    before = sorted(path for path in work.rglob("*") if "logs" not in path.parts)
+    error = fails(*options)
+    needed = float(re.search(r"saving a checkpoint needs ([\d.]+) MiB on the disk of .* only 0.0 MiB are free; the "
+                             "earlier ones are whole", error).group(1))
+    assert sorted(path for path in work.rglob("*") if "logs" not in path.parts) == before
+    free[0] = int((needed + 0.05) * 2**20)
+    run_here(*options)
+    new = [path for path in work.rglob("*") if path.is_file() and path not in before]
+    assert sum(path.stat().st_size for path in new) < needed * 2**20
+
+
+def test_needed_space_is_what_is_written(tmp_path):
+    """Keys and positions of 8 bytes, and blocks of 4 KiB with 42 rows of 96 bytes."""
     store = TableStore("embedding", "persistent_path", str(tmp_path), 8, 42 * 100)
-    needed, usage = 42 * 100 * 16 + 100 * 4096, namedtuple("usage", "total used free")
-    rows = [(np.arange(4200), np.ones((4200, 24), np.float32))]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(UserError, match="needs 0.5 MiB .* only 0.5 MiB are free"):
-        store.write_snapshot("name", rows)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    store.write_snapshot("name", rows)
+    assert store.bytes_to_save() == 42 * 100 * 16 + 100 * 4096
+    store.write_snapshot("name", [(np.arange(4200), np.ones((4200, 24), np.float32))])
+    store.write_checksums("name")
     assert store.check_snapshot("name", 1)[0] == 4200
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert written < 1.02 * needed
+    assert written < store.bytes_to_save() + 1000
 
 
 @pytest.mark.parametrize("patch", [
     "module.checkpoints.np.savez = lambda *_, **__: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
     "def fail(*_, **__): raise shutil.Error([('from', 'to', 'No space left on device')] * 9)\nshutil.copytree = fail",
+    "module.chunks.write_all = lambda *_: os.write(os.open('/dev/full', os.O_WRONLY), b' ')",
 ])
-def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_dir, tmp_path, patch):
+def test_full_disk_while_writing_is_one_clear_line(finished, shared_dataset_dir, tmp_path, patch):
     """shutil.copytree raises one error with a list of all its files."""
     work = copy_of(finished[0], tmp_path / "work")
     result = run_patched(patch, shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save",
@@ -761,12 +801,14 @@ def test_full_disk_at_the_dense_part_is_one_clear_line(finished, shared_dataset_
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1 and len(errors) == 1 and len(errors[0]) < 300
     assert "No space left on device); the earlier ones are whole" in errors[0] and "Traceback" not in result.stderr
+    assert not list(work.glob("tables*/.deepfm*"))  # the space is given back
 
 
 def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_dataset_dir, tmp_path):
     options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches", "2"]
     with contextlib.ExitStack() as held:
-        trainer_module.hold_folders(trainer_module.parse_args(trainer_command(*options)[2:]), held)
+        for folder in ("tables", "tables_fm", "save"):
+            hold(str(tmp_path / folder), held, "held already")
         for more in ([], ["--resume"], ["--overwrite_tables"]):
             assert "another run is training with the tables" in fails(*options, *more)
         other = ["--persistent_path", tmp_path / "t", "--persistent_path_fm", tmp_path / "f"]
@@ -785,13 +827,31 @@ def test_resume_after_checkpoints_were_moved_keeps_the_rows(run_here, fails, fin
     for marked in (True, False):  # as run.json of this version and of earlier ones
         if not marked:
             run = json.loads((work / "save" / "run.json").read_text())
-            del run["saved"]
+            del run["saved"], run["checkpoints"]
             (work / "save" / "run.json").write_text(json.dumps(run))
         error = fails(shared_dataset_dir, work, "--resume", "--model_save_dir", work / "save")
         assert "had checkpoints, but they are gone; put them back" in error
         assert sorted(work.glob("tables*/0-1/*/*")) == rows
     scored = run_here(shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "backup" / "best_checkpoint")
     assert final_metrics(scored) == final_metrics(finished[1])
+
+
+def test_rows_of_checkpoints_that_were_moved_stay(run_here, fails, finished, shared_dataset_dir, tmp_path):
+    """As long as the run goes on with others."""
+    work = copy_of(finished[0], tmp_path)
+    save, resume = work / "save", ["--resume", "--model_save_dir", work / "save", "--train_batches", "28"]
+    for name in ("best_checkpoint", "step_7"):
+        (save / name).rename(work / name)
+    before = sorted(work.glob("tables*/0-1/*/*"))
+    assert "best_checkpoint is gone" in fails(shared_dataset_dir, work, *resume)
+    assert sorted(work.glob("tables*/0-1/*/*")) == before
+    (work / "best_checkpoint").rename(save / "best_checkpoint")
+    run_here(shared_dataset_dir, work, *resume)
+    assert not (save / "step_14").exists()
+    scored = run_here(shared_dataset_dir, work, "--eval_only", "--model_load_dir", work / "step_7")
+    assert final_metrics(scored)[:2] == metrics_lines(finished[1], "val")[0]
+    snapshots = {path.name.split("-")[1] for path in (work / "tables" / "0-1" / "snapshots").iterdir()}
+    assert "step_7" in snapshots and {"step_21", "step_28"} <= snapshots
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 5, "model_load_dir": null}', "\xff"])

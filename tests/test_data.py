@@ -344,6 +344,30 @@ def test_labels_of_any_kind_of_number(dataset_dir):
         assert labels.dtype == np.float32 and set(labels) == {0, 1}
 
 
+def test_files_are_compared_with_their_digests_before_they_are_read(tmp_path):
+    data = make_dataset(tmp_path / "data", digests=True)
+    info = json.loads((data / "dataset_info.json").read_text())
+    assert sorted(info["files"]) == [f"{split}/part-00000.parquet" for split in ("test", "train", "val")]
+    dataset = dataset_of(data)
+    rows = sum(len(ids) for ids, _ in read_rows(dataset, dataset.splits["train"]))
+    path = data / "train" / "part-00000.parquet"
+    content = path.read_bytes()
+    for change in (content[:100] + bytes([content[100] ^ 1]) + content[101:], content + b"\0" * 8):
+        path.write_bytes(content)
+        dataset = dataset_of(data)
+        unchecked = read_dataset(str(data), checksums=False)
+        path.write_bytes(change)
+        with pytest.raises(UserError, match="part-00000.parquet was changed or damaged since dataset_info.json"):
+            next(read_rows(dataset, dataset.splits["train"]))
+        assert not unchecked.splits["train"].digests
+    path.write_bytes(content)
+    os.link(path, path.with_name("part-00001.parquet"))
+    info["num_samples"]["train"] += rows
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="do not have the same files, different: train/part-00001.parquet"):
+        dataset_of(data)
+
+
 def test_a_row_without_an_id(dataset_dir):
     rewrite("train", lambda table: table.assign(f1=table.f1.astype("Int32").where(table.index != 5)))(dataset_dir)
     dataset = dataset_of(dataset_dir)

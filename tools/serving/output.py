@@ -8,6 +8,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from tools.trainer.cli import UserError
+from tools.trainer.files import UNFINISHED
 
 
 def prediction_schema(kept):
@@ -24,6 +25,7 @@ class PredictionFile:
         self.path, self.part = path, path + ".part"
         self.schema = prediction_schema(kept)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        UNFINISHED.add(self.part)
         if path.lower().endswith(".csv"):
             options = pa_csv.WriteOptions(quoting_style="needed")
             self.writer = pa_csv.CSVWriter(self.part, self.schema, write_options=options)
@@ -51,6 +53,7 @@ class PredictionFile:
         finally:
             with suppress(OSError):
                 os.remove(self.part)
+            UNFINISHED.discard(self.part)
 
 
 def check_output(path, overwrite, option="--predict_output"):

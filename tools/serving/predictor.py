@@ -11,13 +11,13 @@ from tools.serving.rows import Model, load_encoder, open_rows, outside
 from tools.trainer import checkpoints
 from tools.trainer.batches import Batch, RowStream, no_rows, share_of
 from tools.trainer.cli import UserError
-from tools.trainer.processes import print_rank0, progress_bar, rank, world_size
+from tools.trainer.processes import from_rank0, print_rank0, progress_bar, rank, world_size
 
 
 def model_of(trainer):
     """What rows have to fit."""
     folder, dataset = trainer.args.model_load_dir, trainer.dataset
-    fingerprint = checkpoints.read_checkpoint(folder).get("data", {}).get("fingerprint")
+    fingerprint = from_rank0(checkpoints.read_checkpoint, folder).get("data", {}).get("fingerprint")
     return Model(folder, dataset.fields, dataset.columns, np.array(dataset.field_of), dataset.offsets, fingerprint)
 
 

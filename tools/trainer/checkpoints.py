@@ -6,14 +6,16 @@ dataset_info.json and vocabulary/ of the data). Rows of the tables lie in snapsh
 state.json names, relative to the checkpoint's folder where they lie in it. Everything gets its name by a rename when
 all of it is on disk.
 
+Checkpoint folders are the first process's: it alone reads and writes them, and tells the others, whose nodes need not
+have them. Rows of the tables lie in a folder for each process, wherever its node has that.
+
 Order of a save, in which every process takes part in every step:
-  1. each writes its rows of every table; the first one makes them a snapshot when all have written
-  2. each writes the checksums of its own folders; rows and checksums are summed over the processes
-  3. all bring the dense tensors together; the first one writes the checkpoint and gives it its names
-  4. when all have read which checkpoints there are, the first one removes old ones; when all have seen which snapshots
-     there are, each removes from its own folders what no checkpoint needs
-Order of a load: each checks its share of the snapshot's files, all agree that they are whole; on CUDA the first one
-writes the rows to where OneEmbedding looks for them, before the tables are built; then each loads its own rows.
+  1. all bring the dense tensors together and see whether there is room for everything
+  2. each writes the rows of its own folder of every table, and its checksums; they are summed over the processes
+  3. the first one writes the checkpoint, gives it its names and removes old ones
+  4. each removes from its own folders what no checkpoint needs
+Order of a load: each checks its share of the snapshot's files, all agree that they are whole; on CUDA they are written
+anew where OneEmbedding looks for them, before the tables are built; then each loads its own rows.
 """
 
 import json
@@ -26,16 +28,28 @@ import zlib
 
 import numpy as np
 
+from tools.trainer import chunks
 from tools.trainer.cli import UserError, brief, could_be_given, first_line
-from tools.trainer.files import checksum, count, list_folder, read_json, rename_for_good, sync, write_json
-from tools.trainer.processes import all_agree, barrier, on_rank0, print_rank0, rank, sum_over_processes, world_size
-from tools.trainer.tables import OPTIMIZERS, TableStore, row_bytes_in
+from tools.trainer.files import (
+    checksum,
+    count,
+    list_folder,
+    open_regular,
+    read_json,
+    remove,
+    rename_for_good,
+    sync,
+    write_json,
+)
+from tools.trainer.processes import all_agree, from_rank0, on_rank0, print_rank0, rank, sum_over_processes, world_size
+from tools.trainer.tables import OPTIMIZERS, TableStore
 
 FORMAT = 2  # 1 has dense/ as flow.save writes it, and no checksums
 PERIODIC = re.compile(r"step_\d+$")  # checkpoints for --resume, which --keep_checkpoints counts
 STAGING, NEW, OLD = ".deepfm-staging", ".deepfm-new-", ".deepfm-old-"  # names of what is not finished
 ENCODER = "encoder"  # in a checkpoint; in the folder of a run it is .deepfm-encoder
 USE_ANOTHER = "use another checkpoint"
+ENTRY_BYTES, SLACK_BYTES = 1 << 12, 1 << 20  # what an array or file, and all else, may take beside its numbers
 
 
 def finite(value):
@@ -63,7 +77,7 @@ STATE = {
     "losses?": lambda sums: isinstance(sums, list) and len(sums) == 2 and all(map(finite, sums)),
     "tables": {"*": TABLE}, "files?": {"*": {"bytes": count, "crc32": count}},
 }
-RUN = {"run_id": snapshot_name, "model_load_dir": (str, None), "saved?": bool}
+RUN = {"run_id": snapshot_name, "model_load_dir": (str, None), "saved?": bool, "checkpoints?": {"*": snapshot_name}}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -122,10 +136,17 @@ def read_dense(folder, state, checksums=True):
             found = {"bytes": os.path.getsize(path), "crc32": checksum(path)}
             if found != expected:
                 raise ValueError("it was changed or damaged since it was written")
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
     except Exception as error:  # zip, zlib and numpy have a dozen kinds for a damaged file
         raise UserError(f"{path} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
+
+
+def share_dense(folder, state, checksums=True):
+    """`read_dense` on the first process; the others get arrays of zeros of the same shapes, see `replicate`."""
+    arrays = on_rank0(read_dense, folder, state, checksums)
+    shapes = from_rank0(lambda: {name: (array.dtype.str, array.shape) for name, array in arrays.items()})
+    return arrays or {name: np.zeros(shape, kind) for name, (kind, shape) in shapes.items()}
 
 
 class SavedTensor:
@@ -148,17 +169,18 @@ def read_flow_save(folder):
     """{name: array} of a folder that flow.save made of a dict of tensors."""
     kinds = {"kFloat": np.float32, "kDouble": np.float64, "kInt64": np.int64, "kInt32": np.int32}
     try:
-        with open(os.path.join(folder, "pickled_data"), "rb") as file:
+        with open_regular(os.path.join(folder, "pickled_data")) as file:
             tensors = TensorsOnly(file).load()["data"]
         arrays = {}
         for name, tensor in tensors.items():
             if not re.fullmatch(r"\w+", tensor.path):
                 raise ValueError(f"a tensor lies in {tensor.path!r}")
-            with open(os.path.join(folder, tensor.path, "meta")) as file:
-                meta = file.read()
+            with open_regular(os.path.join(folder, tensor.path, "meta")) as file:
+                meta = file.read().decode("ascii")
             shape = [int(number) for number in re.findall(r"dim: (\d+)", meta)]
             kind = kinds[re.search(r"data_type: (\w+)", meta).group(1)]
-            arrays[name] = np.fromfile(os.path.join(folder, tensor.path, "out"), kind).reshape(shape)
+            with open_regular(os.path.join(folder, tensor.path, "out")) as file:
+                arrays[name] = np.frombuffer(file.read(), kind).reshape(shape)
         return arrays
     except Exception as error:  # a pickle fails in any way
         raise UserError(f"{folder} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
@@ -170,7 +192,7 @@ def adopt_model(args, folder, parser, options, tables):
     Args: args: parsed by `parser`, given: names of those on the command line; options: names of what describes the
     model; tables: {name: option of its folder}. Returns its state. Raises: UserError where the two contradict.
     """
-    state, defaults = read_checkpoint(folder), parser.parse_args([])
+    state, defaults = from_rank0(read_checkpoint, folder), parser.parse_args([])
     for name in options:
         saved, given = state["model"].get(name, getattr(defaults, name)), name in args.given
         if not could_be_given(parser, name, saved):
@@ -196,15 +218,17 @@ def publish(staging, names, folder):
     """Make a written checkpoint visible under each name; a name that exists is replaced, and never half."""
     for name in names:
         final, old, copy = (os.path.join(folder, prefix + name) for prefix in ("", OLD, NEW))
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(staging, copy, copy_function=link_encoder)
+        remove(copy)
+        if name == names[-1]:
+            os.rename(staging, copy)
+        else:
+            shutil.copytree(staging, copy, copy_function=link_encoder)
         sync(copy)
         if os.path.exists(final):
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             os.rename(final, old)
         rename_for_good(copy, final)
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(staging)
+        remove(old)
 
 
 def link_encoder(source, target):
@@ -223,7 +247,7 @@ def keep_encoder(data_dir, save_dir):
     Data without a fingerprint, as earlier versions made it, has nothing to copy.
     """
     target = os.path.join(save_dir, f".deepfm-{ENCODER}")
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     path = os.path.join(data_dir, "dataset_info.json")
     if not os.path.exists(path) or "fingerprint" not in (info := read_json(path, {}, "convert the data again")):
         return
@@ -238,7 +262,7 @@ def remove_checkpoint(folder, name):
     """Delete a checkpoint; a kill leaves it whole or under a name that `clean_save_dir` deletes."""
     doomed = os.path.join(folder, f"{STAGING}-{name}")
     os.rename(os.path.join(folder, name), doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def clean_save_dir(folder):
@@ -248,7 +272,7 @@ def clean_save_dir(folder):
         if name.startswith(OLD) and not os.path.exists(replaced):
             os.rename(path, replaced)
         elif name.startswith((OLD, NEW, STAGING)):
-            shutil.rmtree(path)
+            remove(path)
 
 
 # ------------------------------------------------------------------------------------------------------ save and load
@@ -270,29 +294,59 @@ class Checkpointer:
     def save(self, trainer, names):
         """Save the state as one snapshot of each table and one checkpoint folder per name."""
         snapshot = f"{self.run_id}-step_{trainer.step}"
-        for store in self.stores:
-            if snapshot not in store.snapshots():  # else saved at this step already: replacing it could leave it half
-                trainer.save_rows(store, snapshot)
-        barrier()  # every process has saved
-        tables = {store.name: self.describe(store, snapshot) for store in self.stores}
         dense = trainer.dense_tensors()
-        try:
-            on_rank0(self.write, names, {**trainer.state(), "tables": tables}, dense)
-        except OSError as error:
-            raise UserError(f"cannot write a checkpoint to {self.save_dir} ({reason_of(error)}); the earlier ones are "
-                            "whole: mend that and continue with --resume") from None
+        missing = [store for store in self.stores if not self.has(store, snapshot)]
+        if not self.appends:
+            all_agree(self.check_space, missing, dense, len(names))
+        for store in missing:  # one that was saved at this step already is in use: replacing it could leave it half
+            self.explain_failure(trainer.save_rows, store, snapshot)
+        tables = {store.name: self.describe(store, snapshot) for store in self.stores}
+        self.explain_failure(on_rank0, self.write, names, {**trainer.state(), "tables": tables}, dense)
         self.prune()
+
+    def has(self, store, snapshot):
+        """Whether every process has a snapshot already."""
+        mine = os.path.join(store.own_folder(), "snapshots", snapshot)
+        return sum_over_processes(os.path.isdir(mine)) == world_size()
+
+    def check_space(self, stores, dense, copies):
+        """Raise a UserError unless there is room for the rows of some tables and some copies of the dense tensors.
+
+        What lies on one disk is counted together.
+        """
+        needed = {}  # {device number: [folder, bytes]}
+        places = [(store.path, store.bytes_to_save()) for store in stores if store.leads()]
+        if rank() == 0:
+            size = sum(array.nbytes + ENTRY_BYTES for array in dense.values()) + ENTRY_BYTES
+            places.append((self.save_dir, size * copies))
+        for folder, size in places:
+            device = needed.setdefault(os.stat(folder).st_dev, [folder, SLACK_BYTES])
+            device[1] += size
+        for folder, size in needed.values():
+            free = shutil.disk_usage(folder).free
+            if free < size:
+                raise UserError(f"saving a checkpoint needs {size / 2**20:.1f} MiB on the disk of {folder}, but only "
+                                f"{free / 2**20:.1f} MiB are free; the earlier ones are whole: free some space and "
+                                "continue with --resume")
+
+    def explain_failure(self, function, *args):
+        """Call a function that writes; a failure is a UserError that says what is left."""
+        try:
+            return function(*args)
+        except OSError as error:
+            raise UserError(f"cannot write a checkpoint to {error.filename or self.save_dir} ({reason_of(error)}); the "
+                            "earlier ones are whole: mend that and continue with --resume") from None
 
     def describe(self, store, snapshot):
         """A table's entry in state.json."""
-        value = all_agree(store.write_checksums, snapshot)
-        rows, _ = all_agree(store.check_snapshot, snapshot, world_size(), False)
+        value = self.explain_failure(all_agree, store.write_checksums, snapshot)
+        rows, _ = store.check_snapshot(snapshot, world_size(), False)
         return {"path": os.path.abspath(store.path), "dim": store.dim, "snapshot": snapshot, "processes": world_size(),
-                "rows": int(sum_over_processes(rows)), "checksum": int(sum_over_processes(value))}
+                "rows": sum_over_processes(rows), "checksum": sum_over_processes(value)}
 
     def write(self, names, state, dense):
         staging = os.path.join(self.save_dir, STAGING)
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
         os.makedirs(staging)
         encoder = os.path.join(self.save_dir, f".deepfm-{ENCODER}")
         if os.path.isdir(encoder):
@@ -304,47 +358,50 @@ class Checkpointer:
         state = {"format_version": FORMAT, **state, "run": run, "files": files}
         write_json(os.path.join(staging, "state.json"), {**state, "digest": digest(state)})
         publish(staging, names, self.save_dir)
-        mark_saved(self.save_dir)
+        snapshots = {table["snapshot"] for table in state["tables"].values()}
+        note_checkpoints(self.save_dir, dict.fromkeys(names, snapshots.pop()))
 
     def prune(self):
         """Drop old periodic checkpoints, then this run's snapshots that no checkpoint needs."""
-        checkpoints = find_checkpoints(self.save_dir)
-        periodic = [name for name in checkpoints if PERIODIC.match(name)]
-        old = periodic[:-self.keep]
-        barrier()  # every process has read the folder
-        if rank() == 0:
-            for name in old:
-                remove_checkpoint(self.save_dir, name)
-        needed = {table["snapshot"] for name, state in checkpoints.items() if name not in old
-                  for table in state["tables"].values()}
+        needed = set(from_rank0(self.remove_old_checkpoints))
         for store in self.stores:
-            own = {name for name in store.snapshots() if name.startswith(self.run_id + "-")}
-            barrier()  # every process has seen the same snapshots
-            store.prune(own - needed, keep_last_chunk=self.appends)
-        barrier()
+            all_agree(self.prune_rows, store, needed)
+
+    def remove_old_checkpoints(self):
+        """Returns the names of the snapshots that those which stay, or that somebody moved elsewhere, need."""
+        checkpoints = find_checkpoints(self.save_dir)
+        old = [name for name in checkpoints if PERIODIC.match(name)][:-self.keep]
+        noted = note_checkpoints(self.save_dir, forget=old)
+        for name in old:
+            remove_checkpoint(self.save_dir, name)
+            del checkpoints[name]
+        kept = [table["snapshot"] for state in checkpoints.values() for table in state["tables"].values()]
+        return kept + [snapshot for name, snapshot in noted.items() if name not in checkpoints]
+
+    def prune_rows(self, store, needed):
+        own = {name for name in store.snapshots() if name.startswith(self.run_id + "-")}
+        store.prune(own - needed, keep_last_chunk=self.appends)
 
     def prepare(self, folder, copy_rows, growth=None):
         """Check the snapshots of a checkpoint; copy_rows: to where OneEmbedding will look for them (CUDA).
 
         growth: how rows move, where the data has grown since; also for `load`.
         """
-        state = read_checkpoint(folder)
+        state = from_rank0(read_checkpoint, folder)
         for store in self.stores:
             saved = state["tables"][store.name]
             source = self.holder(store, saved, folder, growth)
             if source.path != store.path:
                 print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
             self.check_rows(source, saved)
-            here = os.path.join(store.folder(rank(), world_size()), "snapshots")
-            name = name_here(saved, growth)
-            if copy_rows and name not in list_folder(here):
-                store.write_snapshot(name, rows_of(source, saved, growth) if rank() == 0 else ())
+            if copy_rows and not self.has(store, name_here(saved, growth)):
+                store.write_snapshot(name_here(saved, growth), share_of(rows_of(source, saved, growth)))
 
     def check_rows(self, source, saved):
         """Raise a UserError unless a snapshot is whole and the one that the checkpoint names."""
-        rows, value = all_agree(source.check_snapshot, saved["snapshot"], saved["processes"], self.checksums)
-        rows, known = int(sum_over_processes(rows)), sum_over_processes(value is None) == 0
-        value = int(sum_over_processes(value or 0))
+        rows, value = source.check_snapshot(saved["snapshot"], saved["processes"], self.checksums)
+        rows, known = sum_over_processes(rows), sum_over_processes(value is None) == 0
+        value = sum_over_processes(value or 0)
         if saved["rows"] is not None and rows != saved["rows"]:
             raise UserError(f"the table snapshot {saved['snapshot']} in {source.path} has {rows} rows, the checkpoint "
                             f"says {saved['rows']}; {USE_ANOTHER}")
@@ -355,19 +412,25 @@ class Checkpointer:
     def holder(self, store, saved, folder, growth=None):
         """The store that holds a checkpoint's snapshot: this run's, or the one that it was saved to."""
         num_ids = len(growth.places) if growth else None
-        path = store.path if saved["snapshot"] in store.snapshots() else table_path(folder, saved)
-        return store.at(path, num_ids)
+        here = sum_over_processes(saved["snapshot"] in store.snapshots())
+        return store.at(store.path if here else from_rank0(table_path, folder, saved), num_ids)
 
     def load(self, trainer, folder, to_train=True, growth=None):
         """Hand a checkpoint's tensors and rows to the trainer, after `prepare`, Adam's moments only to train."""
-        state = read_checkpoint(folder)
-        trainer.load_dense(read_dense(folder, state, self.checksums), folder, to_train)
+        state = from_rank0(read_checkpoint, folder)
+        trainer.load_dense(share_dense(folder, state, self.checksums), folder, to_train)
         for store in self.stores:
             saved = state["tables"][store.name]
             blocks = rows_of(self.holder(store, saved, folder, growth), saved, growth)
             trainer.load_rows(store, name_here(saved, growth), blocks, to_train)
         trainer.step = state["progress"]["step"]
-        barrier()
+
+
+def share_of(blocks):
+    """Every so many of the blocks that all processes get, and empty ones for the rest, so that all stay in step."""
+    for number, (ids, rows) in enumerate(blocks):
+        mine = number % world_size() == rank()
+        yield (ids, rows) if mine else (ids[:0], rows[:0])
 
 
 def name_here(saved, growth):
@@ -401,7 +464,8 @@ def saved_tables(folder, state, checksums=True):
 def width_of(path, saved):
     """Floats of a value in a table that an earlier version saved, with Adam's moments."""
     store = TableStore("", "persistent_path", path, 0, 0)
-    return row_bytes_in(store.folder(0, saved["processes"])) // (4 * store.size_factor)
+    row_bytes = chunks.read_number(os.path.join(store.folder(0, saved["processes"]), "VALUE_SIZE"))
+    return row_bytes // (4 * store.size_factor)
 
 
 def reason_of(error):
@@ -420,40 +484,80 @@ def run_file(save_dir):
 
 
 def read_run(save_dir):
-    """{"run_id": prefix of the run's snapshots, "model_load_dir": checkpoint that it started from, or None}"""
+    """{"run_id": prefix of the run's snapshots, "model_load_dir": checkpoint that it started from, or None, ...}
+
+    "saved": whether it has made a checkpoint; "checkpoints": {name: snapshot} of those that it made and did not remove.
+    """
     return read_json(run_file(save_dir), RUN, f"--model_save_dir {save_dir} cannot be continued: begin a new run, with "
                      "--model_load_dir to start from one of its checkpoints")
 
 
-def mark_saved(save_dir):
-    """Note that the run has a checkpoint: if none is found later, somebody moved it."""
+def note_checkpoints(save_dir, new=(), forget=()):
+    """Note which checkpoints the run has made: if one is missing later, somebody moved it. Returns {name: snapshot}."""
+    if not os.path.exists(run_file(save_dir)):  # the end of a run that keeps none
+        return {}
     run = read_run(save_dir)
-    if not run.get("saved"):
-        write_json(run_file(save_dir), {**run, "saved": True})
+    noted = {**run.get("checkpoints", {}), **dict(new)}
+    noted = {name: snapshot for name, snapshot in noted.items() if name not in forget}
+    if noted != run.get("checkpoints", {}):
+        write_json(run_file(save_dir), {**run, "saved": True, "checkpoints": noted})
+    return noted
 
 
 def prepare_new_run(save_dir, stores, data_dir, load_dir=None, overwrite=False):
     """Make sure that nothing of another run is overwritten or mixed in, and mark the folder as this run's.
 
-    Runs on the first process. Raises: UserError when the folders hold another run's rows or checkpoints.
+    All processes call it. Raises: UserError when the folders hold another run's rows or checkpoints.
     """
+    needed = from_rank0(look_for_checkpoints, save_dir, load_dir, overwrite)
     if overwrite:
-        if load_dir:
-            keep_loaded_model(save_dir, stores, load_dir)
-        for store in stores:
-            store.remove_all()
-        for name in find_checkpoints(save_dir):
-            remove_checkpoint(save_dir, name)
-    elif find_checkpoints(save_dir):
+        all_agree(keep_loaded_rows, stores, needed, load_dir)
+        on_rank0(remove_checkpoints, save_dir)
+    all_agree(clear_tables, stores, load_dir, overwrite)
+    on_rank0(begin_run, save_dir, data_dir, load_dir)
+
+
+def look_for_checkpoints(save_dir, load_dir, overwrite):
+    """Raise a UserError when a run would begin among checkpoints of another, or delete those that it loads.
+
+    Returns the names of the snapshots that it loads.
+    """
+    needed = [table["snapshot"] for table in read_checkpoint(load_dir)["tables"].values()] if load_dir else []
+    if not overwrite and find_checkpoints(save_dir):
         raise UserError(f"{save_dir} holds checkpoints of another run; continue it with --model_save_dir {save_dir} "
                         "--resume, give another folder, or delete it with --overwrite_tables")
+    if overwrite and load_dir and os.path.realpath(save_dir) == os.path.dirname(os.path.realpath(load_dir)):
+        raise UserError(f"--overwrite_tables would delete --model_load_dir {load_dir}; give another --model_save_dir")
+    return needed
+
+
+def keep_loaded_rows(stores, needed, load_dir):
+    if any(set(needed) & store.snapshots() for store in stores):
+        raise UserError(f"--overwrite_tables would delete the tables of --model_load_dir {load_dir}; "
+                        "give another --persistent_path and --persistent_path_fm")
+
+
+def remove_checkpoints(save_dir):
+    for name in find_checkpoints(save_dir):
+        remove_checkpoint(save_dir, name)
+
+
+def clear_tables(stores, load_dir, overwrite):
+    """Make the folders of the tables ready for a run, each by the first process on its disk."""
     for store in stores:
+        if not store.leads():
+            continue
+        if overwrite:
+            store.remove_all()
         if store.has_rows() and not load_dir:
             raise UserError(f"--{store.option} {store.path} already holds rows of another run; continue it with "
                             "--resume, start from a checkpoint with --model_load_dir, give another path, or delete the "
                             "rows with --overwrite_tables")
         os.makedirs(store.path, exist_ok=True)
         store.remove_scratch()
+
+
+def begin_run(save_dir, data_dir, load_dir):
     os.makedirs(save_dir, exist_ok=True)
     clean_save_dir(save_dir)
     keep_encoder(data_dir, save_dir)
@@ -461,34 +565,40 @@ def prepare_new_run(save_dir, stores, data_dir, load_dir=None, overwrite=False):
     write_json(run_file(save_dir), {"run_id": uuid.uuid4().hex[:8], "model_load_dir": start, "saved": False})
 
 
-def keep_loaded_model(save_dir, stores, load_dir):
-    """Raise a UserError when --overwrite_tables would delete what --model_load_dir needs."""
-    needed = {table["snapshot"] for table in read_checkpoint(load_dir)["tables"].values()}
-    if any(needed & store.snapshots() for store in stores):
-        raise UserError(f"--overwrite_tables would delete the tables of --model_load_dir {load_dir}; "
-                        "give another --persistent_path and --persistent_path_fm")
-    if os.path.realpath(save_dir) == os.path.dirname(os.path.realpath(load_dir)):
-        raise UserError(f"--overwrite_tables would delete --model_load_dir {load_dir}; give another --model_save_dir")
-
-
 def prepare_resume(save_dir, stores):
-    """Undo half-done work of a killed run. Runs on the first process.
+    """Undo half-done work of a killed run. All processes call it.
 
     Raises: UserError when the folder is not that of a run, its checkpoints are gone, or the tables belong to another.
     """
+    run, found = from_rank0(reopen, save_dir)
+    has_rows = sum_over_processes(any(is_of_run(name, run) for store in stores for name in store.snapshots()))
+    if run.get("saved", has_rows > 0) and not found:
+        raise UserError(f"--resume: {save_dir} had checkpoints, but they are gone; put them back, or begin a new run "
+                        "with --model_load_dir. The tables' rows were left as they are")
+    if found and "best_checkpoint" in run.get("checkpoints", {}) and "best_checkpoint" not in found:
+        raise UserError(f"--resume: {save_dir}/best_checkpoint is gone, and the run ends with it; put it back, or "
+                        "begin a new run with --model_load_dir. The tables' rows were left as they are")
+    all_agree(reopen_tables, stores, run, found)
+
+
+def is_of_run(snapshot, run):
+    return snapshot.startswith(run["run_id"] + "-")
+
+
+def reopen(save_dir):
+    """(content of run.json, names of the complete checkpoints)"""
     if not os.path.exists(run_file(save_dir)):
         raise UserError(f"--resume: {save_dir} is not the folder of a run; start without --resume")
     clean_save_dir(save_dir)
-    run = read_run(save_dir)
-    found = find_checkpoints(save_dir)
-    has_rows = any(name.startswith(run["run_id"] + "-") for store in stores for name in store.snapshots())
-    if run.get("saved", has_rows) and not found:
-        raise UserError(f"--resume: {save_dir} had checkpoints, but they are gone; put them back, or begin a new run "
-                        "with --model_load_dir. The tables' rows were left as they are")
+    return read_run(save_dir), list(find_checkpoints(save_dir))
+
+
+def reopen_tables(stores, run, found):
     for store in stores:
+        if not store.leads():
+            continue
         store.remove_scratch()
-        foreign = [name for name in store.snapshots() if not name.startswith(run["run_id"] + "-")]
-        if not found and not foreign:
+        if not found and all(is_of_run(name, run) for name in store.snapshots()):
             store.remove_all()  # killed before its first checkpoint: start again
         os.makedirs(store.path, exist_ok=True)
 

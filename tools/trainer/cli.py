@@ -4,6 +4,7 @@ Imports nothing beyond the standard library, so that a script can be interrupted
 """
 
 import argparse
+import codecs
 import errno
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 from contextlib import suppress
 
+PRINTABLE = "deepfm-printable"  # name of the error handler of the standard streams
 LARGEST = 2**31 - 1  # of a whole number for which no option says otherwise
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -167,43 +169,78 @@ def os_error_text(error, advice="free some, or choose another folder"):
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in NO_SPACE or "No space left on device" in str(error):
         return f"no space left on the disk{where}; {advice}"
+    if error.errno == errno.EPIPE:
+        return "nobody reads the output any more"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}: {error.strerror}; choose a folder that you may read and write"
-    return " ".join(str(error).split())
+    text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return " ".join(text.split())
 
 
 # ------------------------------------------------------------------------------------------------- signals, error line
 
 
-def _end_early(*_):
-    if os.environ.get("LOCAL_RANK", "0") in ("-1", "0"):  # one voice is enough
-        with suppress(OSError):
-            os.write(2, b"error: interrupted\n")
-    os._exit(INTERRUPTED)  # there is nothing to clean up yet
+def _end_early(number, _):
+    with suppress(OSError, UserError):
+        if launch_number("LOCAL_RANK", 0) == 0:  # one voice is enough
+            os.write(2, b"error: interrupted\n" if number == signal.SIGINT else b"error: terminated\n")
+    os._exit(128 + number)  # there is nothing to clean up yet
 
 
 def start_script():
-    """Before a script's slow imports: let Ctrl-C end it in one line, and refuse what no launcher would set."""
+    """Before a script's slow imports: let signals end it in one line, and refuse what no launcher would set."""
+    mend_streams()
     signal.signal(signal.SIGINT, _end_early)
+    signal.signal(signal.SIGTERM, _end_early)
     try:
-        for name in LAUNCH_VARIABLES[1:]:
-            launch_number(name, 0)
+        check_launch()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
 
-def _terminated(*_):
-    raise SystemExit(TERMINATED)
+def mend_streams():
+    """Put /dev/null where a standard stream is closed: a file that is opened later would take its place.
 
-
-def _prepare_streams():
-    """Print to nowhere where the caller closed a stream, and names of files with any letters to any terminal."""
-    for name in ("stdout", "stderr"):
+    What the terminal's encoding does not have is printed as the bytes of the path that it comes from, or as an escape.
+    """
+    codecs.register_error(PRINTABLE, bytes_or_escapes)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the program
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors=PRINTABLE)
+
+
+def bytes_or_escapes(error):
+    """Encoding that always works, for codecs.register_error."""
+    text = error.object[error.start:error.end]
+    with suppress(UnicodeEncodeError):
+        return text.encode(error.encoding, "surrogateescape"), error.end
+    return text.encode("ascii", "backslashreplace"), error.end
+
+
+def check_launch():
+    """Raise a UserError unless the launcher's variables fit together."""
+    processes, process, port, _ = (launch_number(name, default) for name, default in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("MASTER_PORT", 1), ("LOCAL_RANK", 0)))
+    if process >= processes or not 0 < port < 2**16:
+        raise UserError(f"the environment variables RANK {process}, WORLD_SIZE {processes} and MASTER_PORT {port} do "
+                        "not fit together; unset them, or let a launcher set them")
+
+
+def _interrupted(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not disturb the cleaning up
+    raise KeyboardInterrupt
+
+
+def _terminated(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(TERMINATED)
 
 
 def run_tool(work, ending="", full_disk="free some, or choose another folder"):
@@ -211,9 +248,9 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
 
     ending: said after "interrupted", "; nothing was written to OUT" say; full_disk: advice when the disk is full.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminated)
-    _prepare_streams()
+    mend_streams()
     try:
         code = work()
         sys.stdout.flush()

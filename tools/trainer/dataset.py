@@ -12,7 +12,7 @@ import hashlib
 import json
 import keyword
 import os
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.files import count, list_folder, read_json
+from tools.trainer.files import checksum, count, list_folder, open_regular, read_json
 
 LABEL = "Label"
 SPLITS = ("train", "val", "test")
@@ -34,7 +34,8 @@ def size(value):
 
 INFO_SCHEMA = {  # of dataset_info.json; format 2 also says how raw values become ids
     "format_version?": lambda version: version in (1, 2), "num_samples": dict.fromkeys(SPLITS, size),
-    "fields": [{"name": str, "table_size": size, "offset": count, "columns?": [str]}], "fingerprint?": (str, None)}
+    "fields": [{"name": str, "table_size": size, "offset": count, "columns?": [str]}], "fingerprint?": (str, None),
+    "files?": {"*": {"bytes": count, "crc32": count}}}  # by path within DATA_DIR
 
 
 class QuotedPaths(FileSystem):
@@ -43,16 +44,20 @@ class QuotedPaths(FileSystem):
     pathsep = "/"
 
     def open(self, path, mode="rb"):
-        return open(unquote(path), mode)  # noqa: SIM115 - petastorm closes it
+        return open(unquoted(path), mode)  # noqa: SIM115 - petastorm closes it
 
     def exists(self, path):
-        return os.path.exists(unquote(path))
+        return os.path.exists(unquoted(path))
 
     def isfile(self, path):
-        return os.path.isfile(unquote(path))
+        return os.path.isfile(unquoted(path))
 
     def isdir(self, path):
-        return os.path.isdir(unquote(path))
+        return os.path.isdir(unquoted(path))
+
+
+def unquoted(path):
+    return os.fsdecode(unquote_to_bytes(path))
 
 
 class Split:
@@ -60,12 +65,13 @@ class Split:
 
     Attributes: name, labelled (whether the labels are read), files (sorted), metadata (one per file), row_groups (row
     counts, in reading order), num_rows, schemas (one per file), columns (names in file order), extras ({name of a part
-    of `metrics.Scores`: column that is read for it}, see `use_columns`).
+    of `metrics.Scores`: column that is read for it}, see `use_columns`), digests ({path: entry of dataset_info.json} of
+    files that are still to be compared with it).
     """
 
     def __init__(self, folder, name, labelled=True):
         self.name, self.labelled, self.extras = name, labelled, {}
-        self.files = parquet_files(folder)
+        self.files, self.digests = parquet_files(folder), {}
         self.metadata = [read_metadata(path) for path in self.files]
         self.row_groups = [m.row_group(i).num_rows for m in self.metadata for i in range(m.num_row_groups)]
         self.num_rows = sum(self.row_groups)
@@ -82,7 +88,18 @@ class Split:
 
     def urls(self):
         """The files for petastorm, to be opened with `QuotedPaths`."""
-        return ["file://" + quote(os.path.abspath(path)) for path in self.files]
+        return ["file://" + quote(os.fsencode(os.path.abspath(path))) for path in self.files]
+
+    def check_files(self):
+        """Before rows are read: raise a UserError when a file is not the one that was written with dataset_info.json.
+
+        Parquet's own checks miss most of what damages a page.
+        """
+        while self.digests:
+            path, known = self.digests.popitem()
+            if known != digest_of(path):
+                raise UserError(f"{path} was changed or damaged since dataset_info.json was written; copy or convert "
+                                "the data again")
 
     def column_range(self, column):
         """(min, max) of a column from the files' statistics; None where a file has none."""
@@ -142,9 +159,22 @@ def parquet_files(folder):
     return paths
 
 
+def digest_of(path):
+    """A file's entry under "files" of dataset_info.json."""
+    return {"bytes": os.path.getsize(path), "crc32": checksum(path)}
+
+
+def digests_of(data_dir):
+    """The entry "files" of dataset_info.json."""
+    paths = {f"{split}/{os.path.basename(path)}": path for split in SPLITS
+             for path in parquet_files(os.path.join(data_dir, split))}
+    return {name: digest_of(path) for name, path in paths.items()}
+
+
 def read_metadata(path):
     try:
-        return pq.read_metadata(path)
+        with open_regular(path) as file:  # Arrow takes no path with bytes that are not UTF-8
+            return pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({first_line(error)}); "
                         "it may be truncated: convert or copy it again") from None
@@ -192,11 +222,12 @@ class Dataset:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=None, group_column=None):
+def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=None, group_column=None, checksums=True):
     """Find the splits and check them against what the user and dataset_info.json say.
 
     Args: table_sizes: rows of every field's table; num_samples {split: rows}: None for what dataset_info.json says;
-    weight_column, group_column: to be read beside labels and ids, see `use_columns`.
+    weight_column, group_column: to be read beside labels and ids, see `use_columns`; checksums: whether files are
+    compared with dataset_info.json before their rows are read.
     Raises: UserError with one line for what cannot be trained on.
     """
     if not os.path.isdir(data_dir):
@@ -213,6 +244,8 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
         if expected != split.num_rows:
             raise UserError(f"{option} is {expected}, but the files in {data_dir}/{name} have {split.num_rows} rows; "
                             "correct the number or check --data_dir")
+    if info.get("files"):
+        add_digests(splits, info["files"], data_dir, checksums)
     dataset = Dataset(splits, fields, table_sizes, lists, info.get("fingerprint"))
     for split in splits.values():
         check_columns(dataset, split)
@@ -220,10 +253,24 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
     return dataset
 
 
+def add_digests(splits, known, data_dir, checksums):
+    """Raise a UserError unless the files of the splits are those of dataset_info.json."""
+    found = {f"{name}/{os.path.basename(path)}": (split, path)
+             for name, split in splits.items() for path in split.files}
+    if set(found) != set(known):
+        different = shorten(sorted(set(found) ^ set(known)))
+        raise UserError(f"{data_dir} and its dataset_info.json do not have the same files, different: {different}; "
+                        "copy or convert the data again")
+    for name, (split, path) in found.items():
+        if checksums:
+            split.digests[path] = known[name]
+
+
 def read_dataset_info(data_dir):
     """What the trainer needs of dataset_info.json; {} where there is none.
 
-    Returns: {"fields": names, "table_sizes", "lists": {field: columns}, "num_samples": {split: rows}, "fingerprint"}.
+    Returns: {"fields": names, "table_sizes", "lists": {field: columns}, "num_samples": {split: rows}, "fingerprint",
+    "files": digests}.
 
     Raises: UserError when the file is not what a converter writes.
     """
@@ -241,7 +288,7 @@ def read_dataset_info(data_dir):
                         f"{advice}")
     lists = {field["name"]: field["columns"] for field in info["fields"] if field.get("columns")}
     return {"fields": names, "table_sizes": sizes, "lists": lists, "num_samples": info["num_samples"],
-            "fingerprint": info.get("fingerprint")}
+            "fingerprint": info.get("fingerprint"), "files": info.get("files")}
 
 
 def find_fields(info, splits, data_dir, others):

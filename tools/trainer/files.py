@@ -1,13 +1,17 @@
 """Files that survive a kill or a power cut, are checked when they are read back, and belong to one run at a time."""
 
+import errno
 import fcntl
 import json
 import os
+import shutil
+import stat
 import zlib
 
 from tools.trainer.cli import UserError, brief, first_line
 
 READ_BYTES = 1 << 22
+UNFINISHED = set()  # paths of files that are removed if a signal ends the process
 
 
 def list_folder(path):
@@ -37,9 +41,21 @@ def sync(folder):
 
 def sync_entry(path):
     """Flush a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.fsync(descriptor)
     os.close(descriptor)
+
+
+def remove(path):
+    """Delete a folder with all that is in it, or a file, of ours; nothing is there afterwards.
+
+    shutil.rmtree alone waits for ever at a pipe.
+    """
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def rename_for_good(staging, final):
@@ -51,14 +67,23 @@ def rename_for_good(staging, final):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def open_regular(path):
+    """Open a file to read bytes. Raises: OSError, also for a pipe or a device, which could keep its reader waiting."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 - for the caller to close
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
 def read_json(path, schema, advice):
     """The content of a JSON file that fits a schema, see `check_json`.
 
     Raises: UserError "PATH is ...; ADVICE" when it cannot be read or does not fit.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
         check_json(value, schema)
         return value
     except (OSError, ValueError, RecursionError) as error:
@@ -124,8 +149,8 @@ def checksum(path, size=None, start=0, value=0):
 
     Raises: EOFError when the file is shorter.
     """
-    size = os.path.getsize(path) if size is None else size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
         file.seek(start)
         while start < size:
             data = file.read(min(READ_BYTES, size - start))

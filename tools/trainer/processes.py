@@ -1,14 +1,20 @@
-"""The processes of a run: who this one is, waiting for each other, one voice to the user, one end for all."""
+"""The processes of a run: who this one is, exchanging numbers, one voice to the user.
 
-import os
+No folder needs to be shared by the nodes of a run: what the first process reads or decides comes to the others over the
+network.
+"""
+
+import json
 import sys
-import time
-from contextlib import suppress
+import zlib
 
+import numpy as np
 from tqdm import tqdm
 
-from tools.trainer.cli import UserError
+from tools.trainer.cli import UserError, os_error_text
 from tools.trainer.startup import flow
+
+MESSAGE_BYTES = 2048  # of an error that the other processes are told
 
 
 def world_size():
@@ -32,16 +38,43 @@ def progress_bar(total, unit, what, done=0):
     return tqdm(total=total, initial=done, unit=unit, desc=what, leave=False, disable=hidden)
 
 
+# ---------------------------------------------------------------------------------------------------------- exchanging
+
+
+def placement_of_all():
+    """All processes, on their CPUs."""
+    return flow.placement("cpu", list(range(world_size())))
+
+
 def to_split(array, placement):
     """This process's rows as a global tensor that is split over the processes."""
     return flow.from_numpy(array).to_global(placement, flow.sbp.split(0))
 
 
+def replicate(array, placement):
+    """The first process's array as a global tensor that all have; of the others only shape and type count."""
+    return flow.tensor(array).to_global(placement, flow.sbp.broadcast)
+
+
+def gather(array):
+    """Arrays of equal shape, one of each process -> one array with a first axis for the processes; also a barrier."""
+    array = np.ascontiguousarray(array)[None]
+    if world_size() == 1:
+        return array
+    return to_split(array, placement_of_all()).to_global(sbp=flow.sbp.broadcast).to_local().numpy()
+
+
+def exchange(array):
+    """(number of processes, ...), a part for each -> the parts for this process, in the order of the senders."""
+    if world_size() == 1:
+        return array
+    parts = to_split(np.ascontiguousarray(array)[None], placement_of_all())
+    return parts.to_global(sbp=flow.sbp.split(1)).to_local().numpy()[:, 0]
+
+
 def sum_over_processes(value):
-    """Sum of a number over all processes; also a barrier."""
-    placement = flow.placement("cpu", list(range(world_size())))
-    total = flow.tensor([float(value)], dtype=flow.float64).to_global(placement, flow.sbp.partial_sum)
-    return float(total.to_global(sbp=flow.sbp.broadcast).to_local().numpy()[0])
+    """Sum of a whole number over all processes; also a barrier."""
+    return int(gather(np.int64(value)).sum())
 
 
 def barrier():
@@ -50,14 +83,19 @@ def barrier():
 
 
 def all_agree(function, *args):
-    """Run a function on every process, each with its own result; a failure in one ends all."""
-    result = failure = None
+    """Run a function on every process, each with its own result; a failure in one ends all, with the same words."""
+    result, failure, text = None, None, b""
     try:
         result = function(*args)
     except (OSError, UserError) as error:
         failure = error
-    if sum_over_processes(failure is not None):
-        raise failure or UserError("stopped, because another process failed")
+        text = (os_error_text(error) if isinstance(error, OSError) else str(error)).encode("utf-8", "replace")
+    failed = gather(np.int64(failure is not None))
+    if failed.any():
+        texts = gather(np.frombuffer(text[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.int64))
+        first = int(failed.argmax())
+        text = texts[first].tobytes().rstrip(b"\0").decode("utf-8", "replace")
+        raise failure or UserError(f"{text} (process {first})")
     return result
 
 
@@ -66,21 +104,30 @@ def on_rank0(function, *args):
     return all_agree(function if rank() == 0 else lambda *_: None, *args)
 
 
-def give_up(message, status, patience=5):
-    """Say why in one line and end, without waiting for the collective calls of other processes.
+def from_rank0(function, *args):
+    """What a function returns on the first process, on all of them, by way of JSON; a failure there ends all."""
+    result = on_rank0(function, *args)
+    if world_size() == 1:
+        return result
+    text = json.dumps(result).encode() if rank() == 0 else b""
+    size = int(gather(np.int64(len(text)))[0])
+    text = np.frombuffer(text.ljust(size, b"\0"), np.int8)
+    return json.loads(replicate(text, placement_of_all()).to_local().numpy().tobytes())
 
-    Most mistakes meet every process. Only the first one of a node speaks at once; when it ends, the launcher ends too.
-    The others wait for that in silence, since OneFlow prints a stack trace in them when one is gone.
-    """
-    with suppress(OSError):  # perhaps nobody reads any more
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            launcher, end, stderr = os.getppid(), time.monotonic() + patience, os.dup(2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            while os.getppid() == launcher and time.monotonic() < end:
-                time.sleep(0.1)
-            if os.getppid() == launcher:  # the first process has not met it
-                os.dup2(stderr, 2)
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
-    os._exit(status)
+
+def share_arrays(function, *args):
+    """{name: array} that a function returns on the first process, on all of them; a failure there ends all."""
+    arrays = on_rank0(function, *args)
+    shapes = from_rank0(lambda: {name: (array.dtype.str, array.shape) for name, array in arrays.items()})
+    arrays = arrays or {name: np.zeros(shape, kind) for name, (kind, shape) in shapes.items()}
+    return {name: replicate(array, placement_of_all()).to_local().numpy() if array.size else array
+            for name, array in arrays.items()}
+
+
+def check_same_data(dataset, data_dir):
+    """Raise a UserError unless all processes, perhaps on nodes with disks of their own, see the same row groups."""
+    layout = [dataset.fields, dataset.table_sizes, {name: split.row_groups for name, split in dataset.splits.items()}]
+    seen = gather(np.int64(zlib.crc32(json.dumps(layout).encode())))
+    if (seen != seen[0]).any():
+        raise UserError(f"--data_dir {data_dir} of process {int((seen != seen[0]).argmax())} has other fields or row "
+                        "groups than that of the first; copy the same files to every node")

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from tools.trainer.cli import UserError
-from tools.trainer.files import check_json, count, list_folder
+from tools.trainer.files import check_json, count, list_folder, open_regular
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import print_rank0, rank, world_size
 from tools.trainer.startup import BLAS, flow
@@ -80,7 +80,7 @@ def read_metrics(path):
     Raises: UserError for a file that the trainer did not write.
     """
     lines = []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
                 break  # a killed run was writing it

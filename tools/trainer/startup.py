@@ -23,6 +23,13 @@ from tools.trainer.cli import LAUNCH_VARIABLES, is_launched, launch_number
 HARMLESS = ("libibverbs not available, ibv_fork_init skipped",
             "CUDA driver version is insufficient for CUDA runtime version",
             "no CUDA-capable device is detected", "Failed to get cuda runtime version")
+# a sed script: what OneFlow says when another process is gone becomes one line, and nothing comes behind that or behind
+# our own last line (see peers.py)
+LOST = r"""/^F[0-9]* .*\(ctrl_client\|rpc_client\|io_event_poller\|epoll_comm_network\|socket_[a-z]*_helper\)\.cpp/{
+s/.*/error: another process has ended, or cannot be reached; see its output, then continue with --resume/;p;:a;n;ba
+}
+/^error: /{p;:b;n;bb
+}"""
 AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 
 
@@ -95,20 +102,27 @@ def machine_has_gpu():
     return "dxg" in names or any(name.startswith("nvidia") and name[6:].isdigit() for name in names)
 
 
-@contextmanager
 def without_harmless_lines():
-    """Leave out what OneFlow's libraries print to stderr of a machine without a GPU, see HARMLESS; all else passes.
+    """Leave out what OneFlow's libraries print to stderr of a machine without a GPU, see HARMLESS; all else passes."""
+    # on one with a GPU they may be the reason why it is not used
+    script = "" if machine_has_gpu() else "".join(f"/{line}/d\n" for line in HARMLESS)
+    return filtered_stderr(script + LOST if is_launched() else script)
 
-    The filter is a process of its own, so that the last words of an import that aborts are not lost.
+
+@contextmanager
+def filtered_stderr(script):
+    """Send what is written to stderr through a script of sed that prints lines by itself, and the rest as it is.
+
+    The filter is a process of its own, so that the last words of a process that aborts are not lost.
     """
-    if machine_has_gpu():  # there they may be the reason why the GPU is not used
+    if not script:
         yield
         return
     try:
         stderr = os.dup(2)
-        filter_process = subprocess.Popen(["grep", "--line-buffered", "-vF", "\n".join(HARMLESS)],
-                                          stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
-    except OSError:  # no grep, or stderr is closed
+        filter_process = subprocess.Popen(["sed", "-u", "-n", f"{script}\np"], stdin=subprocess.PIPE, stdout=stderr,
+                                          stderr=subprocess.DEVNULL, start_new_session=True)
+    except OSError:  # no sed
         yield
         return
     os.dup2(filter_process.stdin.fileno(), 2)

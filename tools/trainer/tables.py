@@ -1,33 +1,61 @@
-"""Table rows on disk, in OneEmbedding's persistent-table format (oneflow/core/embedding/persistent_table.cpp).
+"""Table rows on disk, in OneEmbedding's persistent-table format (chunks.py says what is in a folder).
 
-PATH/<rank>-<world size>/ holds chunk files keys/key-*, values/value-* and snapshots/NAME/{LIST,index-*}. An index
-entry is a row's position, counted over the chunks. A stored row is the value and behind it what the optimizer keeps,
-[value | m | v] with Adam (see OPTIMIZERS), float32; the key is the id. Files only ever grow: what a snapshot needs of
-them is their first bytes. Beside LIST lies CHECKSUMS, which is ours: a line "CRC-32 in hexadecimal, bytes, path" for
-each file that the snapshot needs.
+PATH/<rank>-<world size>/ holds the rows of one process: those whose id OneEmbedding's hash gives to it, on both
+devices. A stored row is the value and behind it what the optimizer keeps, [value | m | v] with Adam (see OPTIMIZERS),
+float32. Each process writes and removes in its own folder only, so that every node may have a disk of its own; on CPU,
+where a process trains a range of ids, rows are dealt out over the network while they are written. What is done once for
+a path, locking it and clearing it of an earlier run, is done by the first of the processes that share it.
 """
 
-import fcntl
+import math
 import os
 import re
-import shutil
-from contextlib import contextmanager, suppress
+import uuid
 
 import numpy as np
 
+from tools.trainer import chunks
 from tools.trainer.cli import UserError
-from tools.trainer.files import checksum, list_folder, rename_for_good, sync, sync_entry
-from tools.trainer.processes import barrier, on_rank0, rank, world_size
-from tools.trainer.startup import flow
+from tools.trainer.files import hold, list_folder, remove
+from tools.trainer.processes import all_agree, exchange, from_rank0, gather, rank, world_size
 
 OPTIMIZERS = {"adam": ("m", "v"), "adagrad": ("sum",)}  # what each keeps for a number, in the order of a stored row
-BLOCK_SIZE = 4096  # bytes; named everywhere, because OneFlow's defaults differ by version
-CHUNK_BYTES = 4 << 30  # of values, OneFlow's default
-SIZE_FILES = ("KEY_SIZE", "VALUE_SIZE", "PHYSICAL_BLOCK_SIZE", "NUM_LOGICAL_BLOCKS_PER_CHUNK")
-MARKS = (*SIZE_FILES, "LOCK")  # of a folder that OneEmbedding or this module made
-MAX_CHUNKS = 1 << 20
 GROWTH_ROWS = 1 << 16  # new rows that are made at a time
-SCRATCH = ".deepfm-writing-"
+SCRATCH, PRESENT = ".deepfm-writing-", ".deepfm-process-"
+COMPANIONS = {}  # {path: ranks}, see `companions`
+
+
+def companions(path):
+    """Ranks of the processes that share a path's disk, this one among them; all, unless `find_companions` found out."""
+    return COMPANIONS.get(path) or list(range(world_size()))
+
+
+def find_companions(path):
+    """Find out which processes see the same folder: each leaves a mark in it and looks for the others'."""
+    if world_size() == 1:
+        return
+    mark = os.path.join(path, f"{PRESENT}{from_rank0(lambda: uuid.uuid4().hex[:8])}-")
+
+    def leave():
+        os.makedirs(path, exist_ok=True)
+        with open(f"{mark}{rank()}", "w"):
+            pass
+
+    all_agree(leave)
+    COMPANIONS[path] = [process for process in range(world_size()) if os.path.exists(f"{mark}{process}")]
+    gather(np.int64(0))  # all have looked
+    os.remove(f"{mark}{rank()}")
+
+
+def hold_paths(paths, held):
+    """Lock the folders of a run's tables until `held` closes: one that is started too early would damage the first.
+
+    All processes call it. Raises: UserError
+    """
+    for path in paths:
+        find_companions(path)
+        message = f"another run is training with the tables in {path}; wait for its end or stop it"
+        all_agree(hold if companions(path)[0] == rank() else lambda *_: None, path, held, message)
 
 
 class TableStore:
@@ -35,12 +63,13 @@ class TableStore:
 
     Attributes: name (of the module in the model), option (that names the path), path (of all processes' folders), dim
     (D, floats of a value), num_ids (rows of the table; the id num_ids is the padding row, which is not kept), optimizer
-    (of OPTIMIZERS), size_factor (a stored row has so many times D floats).
+    (of OPTIMIZERS), size_factor (a stored row has so many times D floats), width (floats of a stored row).
     """
 
     def __init__(self, name, option, path, dim, num_ids, optimizer="adam"):
         self.name, self.option, self.path, self.dim, self.num_ids = name, option, path, dim, num_ids
         self.optimizer, self.size_factor = optimizer, 1 + len(OPTIMIZERS[optimizer])
+        self.width = self.size_factor * dim
         self.known = {}  # {path: (bytes, CRC-32)} of what was written before
 
     def at(self, path, num_ids=None):
@@ -54,172 +83,164 @@ class TableStore:
     def folders(self, processes):
         return [self.folder(process, processes) for process in range(processes)]
 
+    def own_folder(self):
+        return self.folder(rank(), world_size())
+
     def existing_folders(self):
         """Folders of this table, of any number of processes; others, "2024-01" say, are not ours to touch."""
         folders = [os.path.join(self.path, name) for name in sorted(list_folder(self.path))
                    if re.fullmatch(r"\d+-\d+", name)]
-        return [folder for folder in folders if all(os.path.isfile(os.path.join(folder, name)) for name in MARKS)]
+        return [folder for folder in folders
+                if all(os.path.isfile(os.path.join(folder, name)) for name in chunks.MARKS)]
 
     def snapshots(self):
-        return {name for folder in self.existing_folders() for name in list_folder(os.path.join(folder, "snapshots"))
-                if not name.startswith(".")}
+        """Names of all that this process sees."""
+        return set().union(*map(chunks.snapshot_names, self.existing_folders()))
 
     def has_rows(self):
         return any(list_folder(os.path.join(folder, "keys")) for folder in self.existing_folders())
 
+    # --- once for a path ----------------------------------------------------------------------------------------------
+
+    def leads(self):
+        """Whether this process is to do what is done once for a path."""
+        return companions(self.path)[0] == rank()
+
     def remove_all(self):
         for folder in self.existing_folders():
-            shutil.rmtree(folder)
+            remove(folder)
         self.remove_scratch()
 
     def remove_scratch(self):
-        """Delete what a killed save left behind."""
+        """Delete what a killed run left behind."""
         for name in list_folder(self.path):
-            if name.startswith(SCRATCH):
-                shutil.rmtree(os.path.join(self.path, name))
+            if name.startswith((SCRATCH, PRESENT)):
+                remove(os.path.join(self.path, name))
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
+    def bytes_to_save(self):
+        """What a snapshot of all rows takes on the disk of this process's path, for its companions too."""
+        share = len(companions(self.path)) / world_size()
+        return math.ceil(share * chunks.snapshot_bytes(self.num_ids, self.width))
+
     def write_snapshot(self, name, blocks):
-        """Write rows as a snapshot for the current number of processes; all processes call it, each with its own rows.
+        """Write rows as a snapshot; all processes call it, each with rows of its own.
 
-        blocks: yields (keys int64 (n,), rows float32 (n, size_factor * D)). Rows go to new chunk files in a scratch
-        folder, which the first process then adds to the table: nothing is visible before all of it is on disk, and each
-        snapshot has chunks of its own, so that deleting it gives the space back.
+        blocks: yields (keys int64 (n,), rows float32 (n, width)). Rows go to new chunk files in a scratch folder, which
+        are then added to the process's folder: nothing is visible before all of it is on disk, and each snapshot has
+        chunks of its own, so that deleting it gives the space back.
         """
-        on_rank0(self.check_disk_space)
-        processes = world_size()
-        scratch = [os.path.join(self.path, f"{SCRATCH}{process}") for process in range(processes)]
-        mine = scratch[rank()]
-        shutil.rmtree(mine, ignore_errors=True)
-        os.makedirs(mine)
-        paths = [os.path.join(mine, f"{process}-{processes}") for process in range(processes)]
-        writer = flow.one_embedding.make_persistent_table_writer(
-            paths, name, flow.int64, flow.float, self.size_factor * self.dim, physical_block_size=BLOCK_SIZE)
-        for keys, rows in blocks:
-            writer.write(keys, rows)
-        writer.close()
-        sync(mine)
-        barrier()  # every process has written its rows
-        on_rank0(self.add_snapshot, name, scratch, processes)
+        scratch, failure = os.path.join(self.path, f"{SCRATCH}{rank()}"), None
 
-    def check_disk_space(self):
-        """For the whole table, since all processes may share the disk. OneFlow's writer aborts when it is full.
+        def begin():
+            remove(scratch)
+            os.makedirs(scratch)
 
-        Raises: UserError
-        """
-        row_bytes = 4 * self.size_factor * self.dim
-        blocks = -(-self.num_ids // rows_per_block(row_bytes))
-        needed = blocks * block_bytes(row_bytes) + 16 * self.num_ids  # 8 each for key and index
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise UserError(f"saving the table needs {needed / 2**20:.1f} MiB in {self.path}, but only "
-                            f"{free / 2**20:.1f} MiB are free; free some space and continue with --resume")
+        all_agree(begin)
+        writer = chunks.ChunkWriter(scratch, self.width)
+        for keys, rows in dealt(blocks, self.width):
+            try:
+                if failure is None:
+                    writer.write(keys, rows)
+            except OSError as error:
+                failure = error  # the others still wait for this process's rows
+        all_agree(self.finish, name, writer, failure)
 
-    def add_snapshot(self, name, scratch, processes):
-        for process, target in enumerate(self.folders(processes)):
-            sources = [os.path.join(folder, f"{process}-{processes}") for folder in scratch]
-            if not os.path.exists(target):
-                make_empty_table(sources[0], target)
-            staging = os.path.join(target, "snapshots", "." + name)
-            shutil.rmtree(staging, ignore_errors=True)
-            os.makedirs(staging)
-            with open(os.path.join(staging, "LIST"), "w") as listing:
-                for source in sources:
-                    for index_file in move_chunks(source, target, name, staging):
-                        listing.write(index_file + "\n")
-            for folder in ("keys", "values"):
-                sync_entry(os.path.join(target, folder))
-            sync(staging)
-            rename_for_good(staging, os.path.join(target, "snapshots", name))
-        for folder in scratch:
-            shutil.rmtree(folder)
+    def finish(self, name, writer, failure):
+        """Add what was written to this process's folder, or give the space back."""
+        folder = self.own_folder()
+        try:
+            if failure is not None:
+                raise failure
+            writer.close()
+            if not os.path.exists(folder):
+                chunks.make_empty_table(folder, self.width, os.path.join(writer.folder, "empty"))
+            chunks.check_folder(folder, self.width, self.dim)
+            self.known.update(chunks.add_snapshot(folder, name, writer))
+        finally:
+            writer.abandon()
+
+    def write_checksums(self, name):
+        """Write CHECKSUMS in this process's folder of a snapshot; returns its CRC-32."""
+        return chunks.write_checksums(self.own_folder(), name, self.known)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
+    def readers(self, name, processes):
+        """Which process reads which folder of a snapshot that `processes` processes wrote.
+
+        Returns ([rank of the reader of each folder], whether every process sees all folders). All processes call it.
+        Raises: UserError where no process sees a folder.
+        """
+        lists = [os.path.join(folder, "snapshots", name, "LIST") for folder in self.folders(processes)]
+        visible = gather(np.array([os.path.isfile(path) for path in lists], np.int64))  # (readers, folders)
+        if not visible.any(axis=0).all():
+            folder = self.folder(int(visible.any(axis=0).argmin()), processes)
+            raise UserError(f"the table snapshot {name} is not in {folder}; give the --persistent_path and "
+                            "--persistent_path_fm that the checkpoint was saved with")
+        ranks = [process % world_size() for process in range(processes)]
+        return [reader if visible[reader, process] else int(visible[:, process].argmax())
+                for process, reader in enumerate(ranks)], bool(visible.all())
+
     def check_snapshot(self, name, processes, checksums=True):
-        """Check every file that OneFlow will open of this process's share of the folders -> (rows, checksum or None)
+        """Check every file that is opened of this process's share of the folders -> (rows, checksum or None)
 
         The checksum is the sum over the folders of the CRC-32 of CHECKSUMS, None where a folder has no such file (older
         versions wrote none) or it is not asked for.
         Raises: UserError when a folder or file is missing, short, damaged or of another row width.
         """
+        readers, _ = self.readers(name, processes)
+        mine = [folder for folder, reader in zip(self.folders(processes), readers) if reader == rank()]
+        return all_agree(self.check_folders, mine, name, checksums)
+
+    def check_folders(self, folders, name, checksums):
         rows = total = 0
-        for process, folder in enumerate(self.folders(processes)):
-            if process % world_size() != rank():
-                continue
+        for folder in folders:
             path = os.path.join(folder, "snapshots", name)
-            if not os.path.isfile(os.path.join(path, "LIST")):
-                raise UserError(f"the table snapshot {name} is not in {folder}; give the --persistent_path and "
-                                "--persistent_path_fm that the checkpoint was saved with")
-            check_folder(folder, self.dim, self.size_factor)
-            rows += sum(count_chunk(folder, name, index_file) for index_file in listed(path))
-            if checksums and total is not None and os.path.exists(os.path.join(path, "CHECKSUMS")):
-                total += check_files(folder, name)
+            chunks.check_folder(folder, self.width, self.dim)
+            rows += sum(chunks.count_chunk(folder, name, file, self.width) for file in chunks.listed(path))
+            if checksums and total is not None and os.path.lexists(os.path.join(path, "CHECKSUMS")):
+                total += chunks.check_files(folder, name)
             else:
                 total = None
         return rows, total
 
-    def write_checksums(self, name):
-        """Write CHECKSUMS in this process's folder of a snapshot; returns its CRC-32.
-
-        Bytes that an earlier snapshot needed too are not read again.
-        """
-        folder = self.folder(rank(), world_size())
-        path = os.path.join(folder, "snapshots", name)
-        lines = []
-        for relative in snapshot_files(folder, name):
-            file = os.path.join(folder, relative)
-            size = os.path.getsize(file)
-            before, value = self.known.get(file, (0, 0))
-            value = checksum(file, size, *((before, value) if before <= size else (0, 0)))
-            if not relative.startswith("snapshots"):
-                self.known[file] = size, value
-            lines.append(f"{value:08x} {size} {relative}\n")
-        with open(os.path.join(path, "CHECKSUMS.tmp"), "w") as file:
-            file.writelines(lines)
-        sync_entry(os.path.join(path, "CHECKSUMS.tmp"))
-        os.replace(os.path.join(path, "CHECKSUMS.tmp"), os.path.join(path, "CHECKSUMS"))
-        sync_entry(path)
-        return checksum(os.path.join(path, "CHECKSUMS"))
-
     def read_snapshot(self, name, processes):
-        """Yield (keys int64 (n,), rows float32 (n, size_factor * D)) of a snapshot that `processes` processes wrote."""
-        first, folders = rank() % processes, self.folders(processes)
-        for folder in folders[first:] + folders[:first]:  # all processes read, each begins with another folder
-            with alone_in(folder):
-                reader = flow.one_embedding.make_persistent_table_reader(
-                    [folder], name, flow.int64, flow.float, self.size_factor * self.dim, physical_block_size=BLOCK_SIZE)
-                for keys, rows in reader:
-                    if keys.min() < 0 or keys.max() > self.num_ids or not np.isfinite(rows).all():
-                        raise UserError(f"the table snapshot {name} in {folder} has an id that is not in the table, or "
-                                        "numbers that are not finite; use another checkpoint")
-                    known = keys < self.num_ids  # a table trained on CUDA also has the padding row
-                    yield keys[known], rows[known]
-                reader.close()
+        """Yield (keys int64 (n,), rows float32 (n, width)) of a snapshot that `processes` processes wrote.
+
+        Every process gets all rows; folders that not all of them see are read by one and come over the network.
+        """
+        readers, shared = self.readers(name, processes)
+        folders = self.folders(processes)
+        if shared:
+            yield from self.rows_of(folders, name)
+        else:
+            mine = [folder for folder, reader in zip(folders, readers) if reader == rank()]
+            yield from told(self.rows_of(mine, name), self.width)
+
+    def rows_of(self, folders, name):
+        """Rows of a snapshot in some folders, without the padding row, which a table trained on CUDA has too."""
+        for folder in folders:
+            for keys, rows in chunks.read_rows(folder, name, self.width):
+                if keys.min() < 0 or keys.max() > self.num_ids or not np.isfinite(rows).all():
+                    raise UserError(f"the table snapshot {name} in {folder} has an id that is not in the table, or "
+                                    "numbers that are not finite; use another checkpoint")
+                known = keys < self.num_ids
+                yield keys[known], rows[known]
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 
     def prune(self, unwanted, keep_last_chunk):
         """Delete the snapshots `unwanted` and the chunks that no snapshot needs any more.
 
-        Each process cares for its own folders. keep_last_chunk: OneEmbedding on CUDA still appends to it.
+        Each process cares for its own folder, the first one on a disk for those of other numbers of processes.
+        keep_last_chunk: OneEmbedding on CUDA still appends to it.
         """
-        for folder in self.existing_folders():
-            if int(os.path.basename(folder).split("-")[0]) % world_size() != rank():
-                continue
-            for name in unwanted:
-                shutil.rmtree(os.path.join(folder, "snapshots", name), ignore_errors=True)
-            needed = {chunk_of(name) for snapshot in list_folder(os.path.join(folder, "snapshots"))
-                      for name in list_folder(os.path.join(folder, "snapshots", snapshot)) if name.startswith("index-")}
-            chunks = chunk_numbers(folder)
-            if keep_last_chunk and chunks:
-                needed.add(max(chunks))
-            for chunk in chunks - needed:
-                for path in chunk_files(folder, chunk):
-                    self.known.pop(path, None)
-                    with suppress(FileNotFoundError):
-                        os.remove(path)
+        others = set(self.existing_folders()) - set(self.folders(world_size())) if self.leads() else set()
+        for folder in {self.own_folder()} & set(self.existing_folders()) | others:
+            for path in chunks.remove_unneeded(folder, unwanted, keep_last_chunk):
+                self.known.pop(path, None)
 
 
 class Growth:
@@ -252,162 +273,64 @@ class Growth:
                 yield self.new_ids[part][known], rows
 
 
-# --------------------------------------------------------------------------------------------------- files of a folder
+# ------------------------------------------------------------------------------------------------ rows over the network
 
 
-def chunk_files(folder, chunk):
-    """Paths of a chunk's keys and values."""
-    return [os.path.join(folder, f"{kind}s", f"{kind}-{chunk:012d}") for kind in ("key", "value")]
+def owners(keys, processes):
+    """int64 (n,) -> number of the process that OneEmbedding keeps each id on (ShardingHash, hash_functions.cuh)."""
+    def rotated(x, bits):
+        return x << np.uint64(bits) | x >> np.uint64(64 - bits)
+
+    prime = [np.uint64(number) for number in (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
+                                              0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)]  # XXH64 of 8 bytes with seed 1
+    hashed = rotated(keys.astype(np.uint64) * prime[1], 31) * prime[0] ^ (prime[4] + np.uint64(1 + 8))
+    hashed = rotated(hashed, 27) * prime[0] + prime[3]
+    for bits, factor in ((33, prime[1]), (29, prime[2]), (32, np.uint64(1))):
+        hashed = (hashed ^ hashed >> np.uint64(bits)) * factor
+    return (hashed % np.uint64(processes)).astype(np.int64)
 
 
-def chunk_of(index_file):
-    """Number of the chunk that an index file or chunk file belongs to."""
-    return int(index_file.rsplit("-", 1)[1])
+def packed(keys, rows, size):
+    """(n,), (n, width) -> int32 (size, 2 + width), bit for bit; behind the rows the key is -1."""
+    parcel = np.full((size, 2 + rows.shape[1]), -1, np.int32)
+    parcel[:len(keys), :2] = keys.astype(np.int64).view(np.int32).reshape(-1, 2)
+    parcel[:len(keys), 2:] = np.ascontiguousarray(rows).view(np.int32)
+    return parcel
 
 
-def chunk_numbers(folder):
-    return {chunk_of(name) for kind in ("key", "value") for name in list_folder(os.path.join(folder, f"{kind}s"))
-            if re.fullmatch(rf"{kind}-\d{{12}}", name)}
+def unpacked(parcels):
+    parcels = parcels.reshape(-1, parcels.shape[-1])
+    keys = np.ascontiguousarray(parcels[:, :2]).view(np.int64).ravel()
+    return keys[keys >= 0], np.ascontiguousarray(parcels[keys >= 0, 2:]).view(np.float32)
 
 
-def listed(path):
-    """Names of the index files of a snapshot. Raises: UserError when LIST has anything else."""
-    with open(os.path.join(path, "LIST"), "rb") as file:
-        names = file.read().decode("ascii", "replace").splitlines()
-    if not all(re.fullmatch(r"index-\d{12}", name) for name in names) or len(set(names)) < len(names):
-        raise UserError(f"{path}/LIST is damaged; use another checkpoint")
-    return names
+def rounds(blocks, width):
+    """Yield this process's blocks, then empty ones until no process has any more; all processes take part."""
+    blocks = iter(blocks)
+    while True:
+        block = next(blocks, None)
+        if not gather(np.int64(block is not None)).any():
+            return
+        yield block or (np.empty(0, np.int64), np.empty((0, width), np.float32))
 
 
-def snapshot_files(folder, name):
-    """Files that a snapshot needs, relative to the folder."""
-    indexes = listed(os.path.join(folder, "snapshots", name))
-    chunks = [os.path.relpath(path, folder) for index in indexes for path in chunk_files(folder, chunk_of(index))]
-    inside = [os.path.join("snapshots", name, file) for file in ["LIST", *indexes]]
-    return [*SIZE_FILES, *inside, *chunks]
+def dealt(blocks, width):
+    """Blocks of rows of any process -> blocks of those that belong into this process's folder."""
+    processes = world_size()
+    if processes == 1:
+        yield from blocks
+        return
+    for keys, rows in rounds(blocks, width):
+        places = owners(keys, processes)
+        size = int(gather(np.bincount(places, minlength=processes)).max())
+        if size:
+            yield unpacked(exchange(np.stack([packed(keys[places == process], rows[places == process], size)
+                                              for process in range(processes)])))
 
 
-def read_number(path):
-    """The whole number in a file. Raises: UserError when it holds anything else."""
-    try:
-        with open(path, "rb") as file:
-            return int(file.read(32))
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or damaged; use another checkpoint") from None
-
-
-def block_bytes(row_bytes):
-    """A block holds whole rows only; a row longer than a block takes several."""
-    return max(BLOCK_SIZE, -(-row_bytes // BLOCK_SIZE) * BLOCK_SIZE)
-
-
-def rows_per_block(row_bytes):
-    return block_bytes(row_bytes) // row_bytes
-
-
-def rows_per_chunk(row_bytes):
-    return CHUNK_BYTES // block_bytes(row_bytes) * rows_per_block(row_bytes)
-
-
-def row_bytes_in(folder):
-    return read_number(os.path.join(folder, "VALUE_SIZE"))
-
-
-def check_folder(folder, dim, size_factor):
-    """Check what OneFlow aborts on when it opens a table folder. Raises: UserError"""
-    width = row_bytes_in(folder) // 4
-    if width != size_factor * dim:
-        raise UserError(f"{folder} holds rows of {width} floats, expected {size_factor} x {dim}; check "
-                        "--embedding_vec_size, --optimizer and the order of --persistent_path and --persistent_path_fm")
-    expected = (8, 4 * width, BLOCK_SIZE, CHUNK_BYTES // block_bytes(4 * width))
-    for path, number in zip((os.path.join(folder, name) for name in SIZE_FILES), expected):
-        if read_number(path) != number:
-            raise UserError(f"{path} is {read_number(path)}, expected {number}; the table is damaged or of another "
-                            "sort: use another checkpoint")
-    chunks = [path for number in chunk_numbers(folder) for path in chunk_files(folder, number)]
-    for path in [os.path.join(folder, "LOCK"), *filter(os.path.lexists, chunks)]:  # a kill may have left half a chunk
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is missing or not a file; use another checkpoint")
-    if max(chunk_numbers(folder), default=0) > MAX_CHUNKS:
-        raise UserError(f"{folder}/values has a chunk number above {MAX_CHUNKS}; use another checkpoint")
-
-
-def check_files(folder, name):
-    """Compare the files of a snapshot with its CHECKSUMS; returns the CRC-32 of that file. Raises: UserError"""
-    path = os.path.join(folder, "snapshots", name, "CHECKSUMS")
-    try:
-        with open(path, encoding="ascii") as file:
-            lines = [line.split(" ", 2) for line in file.read().splitlines()]
-        found = {relative: (int(size), int(value, 16)) for value, size, relative in lines}
-        if set(found) != set(snapshot_files(folder, name)):
-            raise ValueError
-    except (OSError, ValueError):
-        raise UserError(f"{path} is damaged; use another checkpoint") from None
-    for relative, (size, value) in found.items():
-        file = os.path.join(folder, relative)
-        try:
-            same = checksum(file, size) == value
-        except (OSError, EOFError):
-            same = False
-        if not same:
-            raise UserError(f"{file} was changed or damaged since the checkpoint was saved; use another checkpoint")
-    return checksum(path)
-
-
-def count_chunk(folder, name, index_file):
-    """Rows of a snapshot in one chunk. Raises: UserError when one of its files is missing, short or inconsistent."""
-    chunk, row_bytes = chunk_of(index_file), row_bytes_in(folder)
-    broken = UserError(f"chunk {chunk} of the table snapshot {name} in {folder} is missing or incomplete; "
-                       "use another checkpoint")
-    index_path = os.path.join(folder, "snapshots", name, index_file)
-    try:
-        index_bytes, key_bytes, value_bytes = map(os.path.getsize, [index_path, *chunk_files(folder, chunk)])
-        positions = np.fromfile(index_path, np.uint64)
-    except OSError:
-        raise broken from None
-    if index_bytes == 0 or index_bytes % 8:
-        raise broken
-    size = rows_per_chunk(row_bytes)
-    first, last = int(positions.min()) - chunk * size, int(positions.max()) - chunk * size
-    needed = (last // rows_per_block(row_bytes) + 1) * block_bytes(row_bytes)
-    if first < 0 or last >= size or key_bytes < (last + 1) * 8 or value_bytes < needed:
-        raise broken
-    return len(positions)
-
-
-def make_empty_table(source, target):
-    """A table without rows in `target`, of the same sizes as the one in `source`."""
-    staging = source + ".empty"
-    for name in ("keys", "values", "snapshots"):
-        os.makedirs(os.path.join(staging, name))
-    for name in MARKS:
-        shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
-    sync(staging)
-    rename_for_good(staging, target)  # fails if there is a folder with other files
-
-
-def move_chunks(source, target, name, staging):
-    """Give the source's chunks new numbers behind the target's; yield the new index files of the snapshot."""
-    size = rows_per_chunk(row_bytes_in(target))
-    new = max(chunk_numbers(target), default=-1) + 1
-    for old in sorted(chunk_numbers(source)):
-        for old_path, new_path in zip(chunk_files(source, old), chunk_files(target, new)):
-            os.rename(old_path, new_path)
-        index_file = os.path.join(source, "snapshots", name, f"index-{old:012d}")
-        if os.path.exists(index_file):
-            positions = np.fromfile(index_file, np.uint64) + np.uint64((new - old) * size)
-            positions.tofile(os.path.join(staging, f"index-{new:012d}"))
-            yield f"index-{new:012d}"
-        new += 1
-
-
-@contextmanager
-def alone_in(folder):
-    """Wait for the other processes that are in the folder: OneFlow 0.8.0 aborts when two open a table to read."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a network file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def told(blocks, width):
+    """Blocks of each process -> the blocks of all, on every process."""
+    for keys, rows in rounds(blocks, width):
+        size = int(gather(np.int64(len(keys))).max())
+        if size:
+            yield unpacked(gather(packed(keys, rows, size)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from tools.trainer.checkpoints import USE_ANOTHER
 from tools.trainer.cli import UserError, shorten
+from tools.trainer.processes import replicate
 from tools.trainer.startup import flow
 from tools.trainer.tables import OPTIMIZERS
 
@@ -61,15 +62,10 @@ def to_numpy(tensor):
     return tensor.numpy()
 
 
-def replicate(array, placement):
-    """An array, the same on every process, as a global tensor."""
-    return flow.tensor(array).to_global(placement, flow.sbp.broadcast)
-
-
 def load_dense(model, saved, tables, placement, folder):
     """Put a checkpoint's arrays into a model; returns the rest, the optimizer's state, as tensors.
 
-    Raises: UserError when an array is missing, left over or of another shape.
+    Raises: UserError when an array is missing, left over, of another shape or type, or not finite.
     """
     own = dense_model(model, tables)
     rest = {name: array for name, array in saved.items() if name not in own}
@@ -79,10 +75,15 @@ def load_dense(model, saved, tables, placement, folder):
     if strange or missing:
         raise UserError(f"{folder} {'lacks' if missing else 'also has'} the tensors {shorten(missing or strange)}: "
                         "another model saved it; use the version of the code that it was trained with")
+    for name, array in saved.items():
+        parameter = own.get(name, own.get(name[:-2]))
+        shape, kinds = (array.shape, "fi") if parameter is None else (tuple(parameter.shape), "f")
+        if array.shape != shape or array.dtype.kind not in kinds or array.dtype.itemsize not in (4, 8):
+            raise UserError(f"{folder} has {array.dtype} {array.shape} for {name}, expected float32 {shape}; "
+                            f"{USE_ANOTHER}")
+        if array.size == 0 or not np.isfinite(array).all():
+            raise UserError(f"{folder} has numbers in {name} that are not finite; use an earlier checkpoint")
     with flow.no_grad():
         for name, tensor in own.items():
-            if saved[name].shape != tuple(tensor.shape):
-                raise UserError(f"{folder} has {saved[name].shape} for {name}, expected {tuple(tensor.shape)}; "
-                                f"{USE_ANOTHER}")
             tensor.copy_(replicate(saved[name], placement))
     return {name: replicate(array, placement) for name, array in rest.items()}

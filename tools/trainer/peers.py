@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from tools.trainer.cli import INTERRUPTED, TERMINATED, UserError, launch_number, os_error_text
 from tools.trainer.files import UNFINISHED
-from tools.trainer.processes import from_rank0, rank, world_size
+from tools.trainer.processes import barrier, from_rank0, rank, world_size
 from tools.trainer.startup import LOST, filtered_stderr
 
 PARTING = "."  # of a process that ends as it should
@@ -108,14 +108,22 @@ def run_together(work, advice):
             if world_size() > 1:
                 join(ending)
             work()
-            while ALL:
-                ALL.pop().say(PARTING)
+            if ALL:
+                part()
         except UserError as error:
             give_up(f"error: {error}", 1)
         except OSError as error:
             give_up(f"error: {os_error_text(error)}", 1)
         except MemoryError as error:
             give_up(f"error: not enough memory for these sizes of model, tables and batch ({error})", 1)
+
+
+def part():
+    """The normal end of one process of several: all together, before OneFlow finds another one gone on its way out."""
+    barrier()
+    ALL[0].say(PARTING)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def join(ending):

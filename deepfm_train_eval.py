@@ -412,21 +412,19 @@ class Cuda:
         keep = noise < keep_probability(dropout)
         return [keep[:, int(end - units):int(end)] for end, units in zip(ends, hidden_units)]
 
-    def ask_driver(self, name, what, kind):
-        """{name: a property of the first visible GPU}, {} where nvidia-smi does not say it."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        with suppress(OSError, ValueError, subprocess.SubprocessError):
-            output = subprocess.run(
-                ["nvidia-smi", f"--id={visible}", f"--query-gpu={what}", "--format=csv,noheader,nounits"],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=10, text=True)
-            return {name: kind(output.stdout.strip())}
-        return {}
+    def memory(self):
+        """{"gpu_memory_mb": used memory of the first process's GPU, by whatever program}"""
+        return {"gpu_memory_mb": round(flow._oneflow_internal.GetCUDAMemoryUsed())}
 
     def machine(self):
-        return self.ask_driver("gpu", "name", str)
-
-    def memory(self):
-        return self.ask_driver("gpu_memory_mb", "memory.used", int)
+        """{"gpu": name of the first visible GPU}, {} where nvidia-smi does not say it."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        with suppress(OSError, subprocess.SubprocessError):
+            output = subprocess.run(
+                ["nvidia-smi", f"--id={visible}", "--query-gpu=name", "--format=csv,noheader"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=10, text=True)
+            return {"gpu": output.stdout.strip()}
+        return {}
 
     def notes(self, args):
         """Lines for the start of the log."""

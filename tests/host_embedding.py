@@ -1,0 +1,135 @@
+"""OneEmbedding where there is no GPU: its own Python classes, on a store that keeps the rows in host memory.
+
+`install` puts stand-ins in place of what has no CPU kernels: the store behind OneEmbeddingHandler, the lookup, the
+update of looked-up rows alone. All else of the CUDA path runs as it is, on CPU tensors: class Cuda with its tables,
+masks and optimizer, checkpoints with snapshots in OneEmbedding's format. The rules are those of OneFlow's sources: no
+two tables of one name in a process, a table opens its files at once and a snapshot that is missing is passed over, a
+row is kept from the first training step that looks it up. For one process.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+
+import deepfm_train_eval as trainer_module
+from deepfm_train_eval import Cuda, OneEmbeddingTable, Trainer
+from tools.trainer.startup import flow
+from tools.trainer.tables import BLOCK_SIZE
+
+INIT_STD = 1e-4
+GPU_MEMORY_MB = 123.4
+
+
+class CudaOnCpu(Cuda):
+    """The CUDA path with tensors on the CPU; --device still calls it cuda."""
+
+    name = "cpu"
+
+
+class Handler:
+    """In place of OneFlow's OneEmbeddingHandler, which owns memory of a GPU.
+
+    Attributes: kept, bool (R,): rows that a training step has looked up; moments: Adam's m and v, float32 (R, D);
+    values: a function that returns the rows of the table's parameter, float32 (R, D), to write to.
+    """
+
+    names = set()
+
+    def __init__(self, options, local_rank, rank_id, world_size):
+        options = json.loads(options)
+        store = options["kv_store"]
+        assert options["name"] not in self.names, f"OneFlow would abort: a second table {options['name']}"
+        assert world_size == 1 and store["persistent_table"]["physical_block_size"] == BLOCK_SIZE
+        self.names.add(options["name"])
+        self.folder, self.width = os.path.join(store["persistent_table"]["path"], "0-1"), options["storage_dim"]
+        rows, dim = store["persistent_table"]["capacity_hint"], self.width // 3
+        self.writer("opened").close()  # makes the files of an empty table, or checks those that are there
+        shutil.rmtree(os.path.join(self.folder, "snapshots", "opened"))
+        self.kept, self.moments = np.zeros(rows, bool), np.zeros((2, rows, dim), np.float32)
+        self.values = None
+
+    def arguments(self, name):
+        return [self.folder], name, flow.int64, flow.float, self.width
+
+    def writer(self, name):
+        return flow.one_embedding.make_persistent_table_writer(*self.arguments(name), physical_block_size=BLOCK_SIZE)
+
+    def new_rows(self, seed=0):
+        return np.random.default_rng(seed).normal(0, INIT_STD, self.moments[0].shape).astype(np.float32)
+
+    def SaveSnapshot(self, name):
+        [keys] = np.nonzero(self.kept)
+        rows = np.concatenate([self.values(), *self.moments], axis=1)
+        writer = self.writer(name)
+        writer.write(keys, rows[keys])
+        writer.close()
+
+    def LoadSnapshot(self, name):
+        if not os.path.exists(os.path.join(self.folder, "snapshots", name, "LIST")):
+            return  # OneFlow logs that, and goes on
+        self.kept[:], self.moments[:], self.values()[:] = False, 0, self.new_rows()
+        reader = flow.one_embedding.make_persistent_table_reader(*self.arguments(name), physical_block_size=BLOCK_SIZE)
+        for keys, rows in reader:
+            self.kept[keys] = True
+            self.values()[keys], self.moments[0][keys], self.moments[1][keys] = np.split(rows, 3, axis=1)
+        reader.close()
+
+
+class HostTable(OneEmbeddingTable):
+    """`shadow`, which stands for the table in a graph, is the table itself."""
+
+    def __init__(self, name, dim, placement, store_options, seed):
+        super().__init__(name, dim, placement, store_options, seed)
+        assert [tuple(parameter.shape) for parameter in self.parameters()] == [(1,)]
+        rows = flow.tensor(self.handler.new_rows(seed)).to_global(placement, flow.sbp.broadcast)
+        self.shadow = flow.nn.Parameter(rows)
+        self.handler.values = lambda: self.shadow.detach().to_local().numpy()
+
+
+def look_up(shadow, ids, *_, **__):
+    """In place of the lookup operator: int64 (B, F) -> float (B, F, D)"""
+    return flow._C.gather(shadow, ids, axis=0)
+
+
+def handlers(trainer):
+    """{name of the table's Adam state in a graph without -m, -v: Handler}"""
+    return {f"model.{name}.weight.shadow": table.weight.handler for name, table in trainer.model.tables().items()}
+
+
+class HostTrainer(Trainer):
+    """The graph's Adam moves every row; what was not looked up is put back, value, m and v."""
+
+    def make_train_graph(self):
+        super().make_train_graph()
+        self.train_graph.load_state_dict({
+            f"{name}-{moment}": flow.tensor(array).to_global(self.device.placement, flow.sbp.broadcast)
+            for name, handler in handlers(self).items() for moment, array in zip("mv", handler.moments)})
+
+    def train_step(self, batch):
+        before = {name: (handler.values().copy(), *handler.moments.copy())
+                  for name, handler in handlers(self).items()}
+        loss = super().train_step(batch)
+        state = self.train_graph.state_dict()  # waits for the step
+        for name, handler in handlers(self).items():
+            moments = [state[f"{name}-{moment}"].to_local().numpy() for moment in "mv"]
+            untouched = np.ones(len(handler.kept), bool)
+            untouched[batch.ids] = False
+            for array, old in zip((handler.values(), *moments), before[name]):
+                array[untouched] = old[untouched]
+            handler.moments[:] = moments
+            handler.kept |= ~untouched
+        return loss
+
+
+def install(replace=setattr):
+    """Let --device cuda be the CPU. replace: monkeypatch.setattr, for a part of a process."""
+    replace(flow.one_embedding, "OneEmbeddingHandler", Handler)
+    replace(flow._C, "one_embedding_lookup" if flow.__version__.startswith("0.8.") else "one_embedding_fused_lookup",
+            look_up)
+    replace(flow._oneflow_internal, "GetCUDAMemoryUsed", lambda: GPU_MEMORY_MB)
+    replace(flow.cuda, "is_available", lambda: True)
+    replace(trainer_module, "DEVICES", {**trainer_module.DEVICES, "cuda": CudaOnCpu})
+    replace(trainer_module, "OneEmbeddingTable", HostTable)
+    replace(trainer_module, "Trainer", HostTrainer)

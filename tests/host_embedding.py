@@ -99,15 +99,19 @@ def handlers(trainer):
 
 
 class HostTrainer(Trainer):
-    """The graph's Adam moves every row; what was not looked up is put back, value, m and v."""
+    """On CUDA the graph's Adam moves every row; what was not looked up is put back, value, m and v."""
 
     def make_train_graph(self):
         super().make_train_graph()
+        if not self.device.one_embedding:
+            return
         self.train_graph.load_state_dict({
             f"{name}-{moment}": flow.tensor(array).to_global(self.device.placement, flow.sbp.broadcast)
             for name, handler in handlers(self).items() for moment, array in zip("mv", handler.moments)})
 
     def train_step(self, batch):
+        if not self.device.one_embedding:
+            return super().train_step(batch)
         before = {name: (handler.values().copy(), *handler.moments.copy())
                   for name, handler in handlers(self).items()}
         loss = super().train_step(batch)

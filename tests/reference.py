@@ -31,7 +31,8 @@ class Reference:
 
     parameters: {"embedding" (R, D), "embedding_fm" (R, 1), "weight_i" (out, in), "bias_i" (out,)}; with batch norm also
     "gamma_i", "beta_i", "running_mean_i", "running_var_i" (H,), and no bias in the hidden layers. lazy: Adam moves only
-    the looked-up rows of the tables. Padding rows are simply not given. betas, epsilon: Adam's; adagrad: in its place.
+    the looked-up rows of the tables; efficient: in the form of section 2, as on CPU. Padding rows are simply not given.
+    betas, epsilon: Adam's; adagrad: in its place.
     """
 
     def __init__(self, parameters, learning_rate, embedding_l2=0.0, max_grad_norm=0.0, betas=(0.9, 0.999), epsilon=1e-8,
@@ -39,7 +40,7 @@ class Reference:
         self.betas, self.epsilon, self.update = betas, epsilon, self.adagrad if adagrad else self.adam
         self.values = {name: np.array(value, np.float64) for name, value in parameters.items()}
         self.learning_rate, self.embedding_l2, self.max_grad_norm = learning_rate, embedding_l2, max_grad_norm
-        self.lazy = embedding_l2 == 0 and max_grad_norm == 0
+        self.lazy, self.efficient = embedding_l2 == 0 and max_grad_norm == 0, True
         self.num_hidden = sum(name.startswith("weight_") for name in self.values) - 1
         self.batch_norm = "gamma_0" in self.values
         self.m = {name: np.zeros_like(value) for name, value in self.trained()}
@@ -127,8 +128,8 @@ class Reference:
             m = self.m[name][rows] = beta1 * self.m[name][rows] + (1 - beta1) * grads[name][rows]
             v = self.v[name][rows] = beta2 * self.v[name][rows] + (1 - beta2) * grads[name][rows] ** 2
             correction = np.sqrt(1 - beta2**self.step)
-            # epsilon stands beside the uncorrected root in the lazy update: the "efficient" form of Adam, section 2
-            epsilon = self.epsilon / correction if lazy else self.epsilon
+            # epsilon stands beside the uncorrected root in the "efficient" form of Adam
+            epsilon = self.epsilon / correction if lazy and self.efficient else self.epsilon
             value[rows] -= self.learning_rate * m / (1 - beta1**self.step) / (np.sqrt(v) / correction + epsilon)
 
     def adagrad(self, grads, ids):

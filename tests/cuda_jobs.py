@@ -34,19 +34,19 @@ def number_tables():
     trainer_module.OneEmbeddingTable = lambda name, *args: make_table(f"{name}_{next(number)}", *args)
 
 
-# ------------------------------------------------------------------------------------------------------ the trainer's runs
+# --------------------------------------------------------------------------------------------------- the trainer's runs
 
 
 def run(data_dir, work, options):
-    """The trainer as a user runs it -> {split: [AUC, logloss] of its last line, "output": all lines}"""
+    """The trainer as a user runs it -> {split: [AUC, logloss] of each of its lines, "output": all lines}"""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         trainer_module.main(trainer_command(data_dir, work, "--loss_print_interval", "10", *options)[2:])
     lines = output.getvalue()
-    return {"val": metrics_lines(lines, "val")[-1], "test": metrics_lines(lines, "test")[-1], "output": lines}
+    return {**{split: metrics_lines(lines, split) for split in ("val", "test")}, "output": lines}
 
 
-# ------------------------------------------------------------------------------------------------------------- one by one
+# ---------------------------------------------------------------------------------------------------------- one by one
 
 
 def look_up_fresh_rows(work, store_type):
@@ -126,7 +126,7 @@ class Turns:
 
 
 def train_by_turns(data_dir, work, store_type, clip):
-    """Three steps on CPU, ten on CUDA with half of the ids, two on CPU; each turn begins with the last one's checkpoint.
+    """Three steps on CPU, ten on CUDA with half of the ids, two on CPU; a turn begins with the last one's checkpoint.
 
     Returns {"losses", "difference": from the reference, of the rows with moments after CUDA and of all values at the
     end, "untouched": number of ids that CUDA did not look up, "kept": whether their rows are the same, value, m and v,
@@ -154,7 +154,8 @@ def train_by_turns(data_dir, work, store_type, clip):
     turns.start("cpu", "after")
     turns.reference.lazy, turns.reference.efficient = turns.trainer.args.max_grad_norm == 0, True
     turns.train(2, share=1)
-    return {**result, "losses": turns.losses, "difference": [after_cuda, turns.difference(values_of(turns.trainer.model))]}
+    at_the_end = turns.difference(values_of(turns.trainer.model))
+    return {**result, "losses": turns.losses, "difference": [after_cuda, at_the_end]}
 
 
 def main():

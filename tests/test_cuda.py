@@ -1,116 +1,212 @@
-"""OneEmbedding and the CUDA path. One command settles it on a machine with a GPU: bash tests/run.sh tests/test_cuda.py
+"""The CUDA path: trained, saved, loaded, scored. One command: bash tests/run.sh tests/test_cuda.py
+
+On a machine with a GPU it runs there; elsewhere with OneEmbedding's store in host memory (host_embedding.py), which is
+the same code up to the kernels. All that the selected tests do runs in one process (cuda_jobs.py), and what needs a
+fresh one runs in a second. A job that ends its process fails alone: those behind it go on in another.
 
 Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_86, 0.8.0 for sm_60 to sm_75 and PTX.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import oneflow as flow
+import pandas as pd
 import pytest
-from conftest import enlarge_rows, metrics_lines, run_trainer, values_of
-from reference import Reference
+from conftest import make_dataset
 
-import deepfm_train_eval as trainer_module
-from deepfm_train_eval import Cuda, OneEmbedding, OneEmbeddingTable, parse_args, read_dataset, start_trainer, to_split
-from tools.trainer.batches import Batch
-from tools.trainer.checkpoints import prepare_new_run
-from tools.trainer.tables import TableStore
-
-pytestmark = pytest.mark.skipif(not flow.cuda.is_available(), reason="OneFlow sees no CUDA device")
-
-# products of TF32, which OneFlow takes where a GPU has it, are too rough to compare with those of a CPU
-os.environ["ONEFLOW_EP_CUDA_ENABLE_TF32_EXECUTION"] = "0"
+WORKER = Path(__file__).with_name("cuda_jobs.py")
 STORES = ("device_mem", "cached_host_mem", "cached_ssd")
-CUDA = ("--device", "cuda", "--loss_print_interval", "10")
+FIELDS = ["f0", "f1", "f2"]
 
 
-def train_then_evaluate(data_dir, work, train_options, eval_options):
-    """Train 50 steps, then score the best checkpoint in a fresh process -> val and test metrics of both"""
-    save = work / "save"
-    trained, _ = run_trainer(data_dir, work, *train_options, "--train_batches", "50", "--model_save_dir", save,
-                             timeout=1800)
-    scored, _ = run_trainer(data_dir, work, *eval_options, "--eval_only", "--model_load_dir", save / "best_checkpoint",
-                            timeout=1800)
-    return [[*metrics_lines(output, "val")[-1], *metrics_lines(output, "test")[-1]] for output in (trained, scored)]
+class Case(NamedTuple):
+    """Jobs [function of cuda_jobs.py, *arguments] of one process, and of a fresh one behind it.
+
+    In arguments DATA and WORK stand for the dataset's folder and one of the case's own.
+    """
+
+    name: str
+    first: list
+    second: list = ()
 
 
-@pytest.mark.parametrize("store_type", STORES)
-def test_train_save_load_evaluate(distinct_dataset_dir, tmp_path, store_type):
-    options = [*CUDA, "--store_type", store_type, "--cache_memory_budget_mb", "64"]
-    trained, scored = train_then_evaluate(distinct_dataset_dir, tmp_path, options, options)
-    assert scored == pytest.approx(trained, abs=1e-5)
-    assert trained[0] > 0.6  # it has learned the planted interaction
+def run(*options):
+    return ["run", "DATA", "WORK", ["--model_save_dir", "WORK/save", *options]]
 
 
-@pytest.mark.parametrize("options", [
-    ["--amp"], ["--amp", "--loss_scale_policy", "dynamic"], ["--disable_fusedmlp", "False", "--net_dropout", "0.2"],
-    ["--disable_fusedmlp", "False", "--amp"], ["--batch_norm"], ["--embedding_l2", "1e-5", "--max_grad_norm", "10"]])
-def test_variants_train_and_load(distinct_dataset_dir, tmp_path, options):
-    trained, scored = train_then_evaluate(distinct_dataset_dir, tmp_path, [*CUDA, *options], [*CUDA, *options])
-    assert scored == pytest.approx(trained, abs=1e-4)
-    assert np.isfinite(trained).all()
+def trained_and_scored(name, first, second):
+    """Two epochs, at their end the best checkpoint's scores; then these scores in a fresh process."""
+    best = ["--eval_only", "--model_load_dir", "WORK/save/best_checkpoint"]
+    return Case(name, [run("--train_batches", "50", *first)], [run(*best, *second)])
 
 
-@pytest.mark.parametrize("first, second", [("cpu", "cuda"), ("cuda", "cpu")])
-def test_checkpoints_move_between_devices(distinct_dataset_dir, tmp_path, first, second):
-    trained, scored = train_then_evaluate(distinct_dataset_dir, tmp_path, ["--device", first], ["--device", second])
-    assert scored == pytest.approx(trained, abs=1e-4)
+def on_cuda(*options):
+    return ["--device", "cuda", *options]
 
 
-@pytest.mark.parametrize("store_type", STORES)
-def test_lookups_return_the_initial_distribution(tmp_path, store_type):
+def variants():
+    """Cases options0 to options5."""
+    for number, options in enumerate([
+            ["--amp"], ["--amp", "--loss_scale_policy", "dynamic"], ["--disable_fusedmlp", "False"],
+            ["--disable_fusedmlp", "False", "--amp"], ["--batch_norm"],
+            ["--embedding_l2", "1e-5", "--max_grad_norm", "10"]]):
+        yield trained_and_scored(f"options{number}", on_cuda(*options), on_cuda(*options))
+
+
+def resumed():
+    """Five epochs without a stop; two and a half, and the rest in a fresh process."""
+    # no epoch is a gain after the first, so the learning rate is cut at the end of the third
+    plain = on_cuda("--net_dropout", "0", "--min_delta", "1", "--early_stop_patience", "0", "--batch_size", "320")
+    whole = ["run", "DATA", "WORK/whole", [*plain, "--train_batches", "25"]]
+    return Case("resumed", [whole, run(*plain, "--train_batches", "13")],
+                [run(*plain, "--train_batches", "25", "--resume")])
+
+
+def cases(cases):
+    return pytest.mark.parametrize("case", list(cases), ids=lambda case: case.name)
+
+
+# -------------------------------------------------------------------------------------------------------- running them
+
+
+def run_jobs(jobs):
+    """{name: {"value", "seconds"} or {"error": last words of the process}} of [[name, function, arguments], ...]"""
+    results = {}
+    # products of TF32, which OneFlow takes where a GPU has it, are too rough to compare with those of a CPU
+    environment = {**os.environ, "ONEFLOW_EP_CUDA_ENABLE_TF32_EXECUTION": "0"}
+    while len(results) < len(jobs):
+        left = jobs[len(results):]
+        process = subprocess.Popen([sys.executable, WORKER], env=environment, text=True, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            output, _ = process.communicate(json.dumps(left), timeout=60 + 20 * len(left))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0] + "\nkilled, because it took too long"
+        lines = output.splitlines()
+        done = [json.loads(line[len("RESULT "):]) for line in lines if line.startswith("RESULT ")]
+        results.update({result["name"]: result for result in done})
+        if len(done) < len(left):
+            words = [line for line in lines if not line.startswith("RESULT ")][-40:]
+            error = "\n".join([f"the process ended with status {process.returncode}", *words])
+            results[left[len(done)][0]] = {"error": error}
+    return results
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Rows to score are all different, and have no id that is new.
+
+    Equal rows get scores that differ in the last bit between processes, and a new id gets a random row each time: AUC
+    would differ.
+    """
+    folder = make_dataset(tmp_path_factory.mktemp("cuda") / "data", rows=(1600, 300, 300))
+    known = pd.read_parquet(folder / "train")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for split in ("val", "test"):
+        path = folder / split / "part-00000.parquet"
+        rows = pd.read_parquet(path).drop_duplicates(FIELDS)
+        for field in FIELDS:
+            rows = rows[rows[field].isin(known[field])]
+        rows.to_parquet(path, index=False)
+        info["num_samples"][split] = len(rows)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(request, data_dir, tmp_path_factory):
+    """{name of a job, "CASE first 0" say: its result} of all selected tests"""
+    cases = {item.callspec.params["case"].name: item.callspec.params["case"] for item in request.session.items
+             if item.fspath == request.node.fspath}
+    work, found = tmp_path_factory.mktemp("work"), {}
+    for turn in ("first", "second"):
+        jobs = []
+        for name, case in cases.items():
+            if not any(name == job.split()[0] and "error" in result for job, result in found.items()):
+                text = json.dumps(getattr(case, turn)).replace("DATA", str(data_dir)).replace("WORK", str(work / name))
+                jobs += [[f"{name} {turn} {number}", function, arguments]
+                         for number, (function, *arguments) in enumerate(json.loads(text))]
+        found.update(run_jobs(jobs))
+    return found
+
+
+@pytest.fixture
+def values(case, results, capsys):
+    """What the case's jobs returned, in their order; prints how long they took."""
+    own = {job: result for job, result in results.items() if job.split()[0] == case.name}
+    for job, result in own.items():
+        assert "error" not in result, f"{job}: {result['error']}"
+    with capsys.disabled():
+        print(f"\n{case.name}: " + ", ".join(f"{job.split()[1]} process {result['seconds']} s"
+                                             for job, result in own.items()), end=" ")
+    return [result["value"] for result in own.values()]
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+@cases(trained_and_scored(store, *[on_cuda("--store_type", store, "--cache_memory_budget_mb", "64")] * 2)
+       for store in STORES)
+def test_train_save_load(values):
+    """A fresh process gives the scores of the one that trained; the model has learned the planted interaction."""
+    check_scores(*values, tolerance=1e-5, auc=0.75)
+
+
+def check_scores(trained, scored, tolerance, auc):
+    """auc: that must be reached"""
+    for split in ("val", "test"):
+        assert scored[split] == [pytest.approx(trained[split][-1], abs=tolerance)]
+        assert trained[split][-1][0] > auc
+
+
+@cases(variants())
+def test_variants_train_and_load(values):
+    check_scores(*values, tolerance=1e-4, auc=0.6)
+
+
+@cases([trained_and_scored("cpu_to_cuda", ["--device", "cpu"], on_cuda()),
+        trained_and_scored("cuda_to_cpu", on_cuda(), ["--device", "cpu"])])
+def test_checkpoints_move_between_devices(values):
+    check_scores(*values, tolerance=1e-4, auc=0.75)
+
+
+@cases(Case(f"turns_{store}_{clip}", [["train_by_turns", "DATA", "WORK", store, clip]])
+       for store, clip in [*((store, "0") for store in STORES), ("device_mem", "0.1")])
+def test_steps_equal_the_reference_on_both_devices_by_turns(values):
+    """CPU, CUDA, CPU, each from the last one's checkpoint: values, Adam's moments and step come along."""
+    [value] = values
+    assert len(value["losses"]) == 15
+    for here, reference in value["losses"]:
+        assert here == pytest.approx(reference, abs=1e-5)
+    assert max(value["difference"]) < 2e-5
+    assert value["untouched"] > 20 and value["moments"]  # rows that CUDA did not look up, and that had moments
+    assert value["kept"]
+    assert value["memory"]["gpu_memory_mb"] > 0
+
+
+@cases([resumed()])
+def test_resume_in_a_fresh_process(values):
+    """Rows, moments, step, order of the data and learning rate go on as without the stop."""
+    whole, _, rest = values
+    assert "epoch 3, step 13" in rest["output"] and "0.01 -> 0.001" in rest["output"]
+    assert rest["val"] == [pytest.approx(line, abs=1e-3) for line in whole["val"][2:]]
+
+
+@cases(Case(f"rows_{store}", [["look_up_fresh_rows", "WORK", store]]) for store in STORES)
+def test_lookups_return_the_initial_distribution(values):
     """Fresh rows come from N(0, 1e-4), and the same id gives the same row."""
-    device = Cuda()
-    store = TableStore(f"lookup_{store_type}", "persistent_path", str(tmp_path), 8, 5000)
-    table = OneEmbedding(device, device.make_table(store, 0, 0, store_type, 64), 8)
-
-    class Lookup(flow.nn.Graph):
-        def __init__(self):
-            super().__init__()
-            self.table = table
-
-        def build(self, ids):
-            return self.table(ids)
-
-    ids = np.tile(np.arange(5000).reshape(-1, 2), (2, 1))
-    rows = Lookup()(to_split(ids, device.placement)).to_local().numpy()
-    assert rows.shape == (5000, 2, 8) and rows.std() == pytest.approx(1e-4, rel=0.05)
-    assert (rows[:2500] == rows[2500:]).all()
+    [value] = values
+    assert value["shape"] == [5000, 2, 8] and value["repeats"]
+    assert value["std"] == pytest.approx(1e-4, rel=0.05) and abs(value["mean"]) < 2e-6
 
 
-@pytest.mark.parametrize("store_type, clip", [*((store_type, "0") for store_type in STORES), ("device_mem", "0.1")])
-def test_steps_equal_the_reference(shared_dataset_dir, tmp_path, monkeypatch, store_type, clip):
-    """From a CPU checkpoint with its moments, so that both start from the same rows."""
-    common = ["--data_dir", str(shared_dataset_dir), "--dnn", "8,6", "--embedding_vec_size", "4", "--batch_size", "32",
-              "--net_dropout", "0", "--persistent_path", str(tmp_path / "t"), "--persistent_path_fm",
-              str(tmp_path / "f"), "--model_save_dir", str(tmp_path / "save"), "--store_type", store_type,
-              "--max_grad_norm", clip]
-
-    def trainer_on(device, checkpoint=None):
-        args = parse_args([*common, "--device", device])
-        return start_trainer(args, read_dataset(args.data_dir), checkpoint, run_id="test")
-
-    on_cpu, saver = trainer_on("cpu")
-    enlarge_rows(on_cpu.model)
-    reference = Reference(values_of(on_cpu.model), on_cpu.args.learning_rate, max_grad_norm=float(clip))
-    reference.lazy = True  # on CUDA also with clipping
-    prepare_new_run(saver.save_dir, saver.stores, str(shared_dataset_dir))
-    saver.save(on_cpu, ["start"])
-
-    # OneFlow keeps a table until the process ends, and takes no second one of its name
-    monkeypatch.setattr(trainer_module, "OneEmbeddingTable",
-                        lambda name, *args: OneEmbeddingTable(f"{name}_{store_type}_{clip}", *args))
-    on_cuda, saver = trainer_on("cuda", str(tmp_path / "save" / "start"))
-    rng = np.random.default_rng(3)
-    for _ in range(10):
-        dataset = on_cuda.dataset
-        ids = np.stack([rng.integers(low, high, 32) for low, high in zip(dataset.offsets, dataset.offsets[1:])], 1)
-        labels = (rng.random(32) < 0.4).astype(np.float32)
-        loss = on_cuda.train_step(Batch([(ids, labels)], 32, 32, dataset.num_ids))
-        assert float(loss.to_local().numpy()) == pytest.approx(reference.train(ids, labels), abs=1e-4)
-    saver.save(on_cuda, ["end"])
-
-    back, _ = trainer_on("cpu", str(tmp_path / "save" / "end"))  # the rows that OneEmbedding saved, read on CPU
-    for name, value in values_of(back.model).items():
-        assert np.abs(value - reference.values[name]).max() < 1e-4, name
+@cases([Case("masks", [["draw_masks"]])])
+def test_masks_drawn_on_the_device_are_independent(values):
+    [value] = values
+    assert len(value["means"]) == 4
+    assert value["means"] == pytest.approx([0.7] * 4, abs=0.01) and value["correlation"] < 0.02

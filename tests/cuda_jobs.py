@@ -6,13 +6,16 @@ no two may have one name, so each gets a number.
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.trainer.startup import flow, prepare_run
@@ -22,9 +25,11 @@ import numpy as np
 from conftest import ROWS, batch_of, enlarge_rows, metrics_lines, trainer_command, values_of
 from reference import Reference
 from test_model import MaskGraph, correlation
+from test_serving import USERS, convert, rows_of, write_rows
 
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import DNN, OneEmbedding, parse_args, read_dataset, start_trainer, to_split
+from tools.converter.encoders import Encoder
 from tools.trainer.checkpoints import prepare_new_run
 from tools.trainer.tables import TableStore
 
@@ -37,13 +42,30 @@ def number_tables():
 # --------------------------------------------------------------------------------------------------- the trainer's runs
 
 
+def arguments_of(data_dir, work, options):
+    return trainer_command(data_dir, work, "--learning_rate", "0.03", "--loss_print_interval", "10", *options)[2:]
+
+
 def run(data_dir, work, options):
     """The trainer as a user runs it -> {split: [AUC, logloss] of each of its lines, "output": all lines}"""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        trainer_module.main(trainer_command(data_dir, work, "--loss_print_interval", "10", *options)[2:])
+        trainer_module.main(arguments_of(data_dir, work, options))
     lines = output.getvalue()
     return {**{split: metrics_lines(lines, split) for split in ("val", "test")}, "output": lines}
+
+
+def run_to_step(data_dir, work, step, options):
+    """The same until a step, at which it stops as if it were killed."""
+    train_step = trainer_module.Trainer.train_step
+
+    def stop(trainer, batch):
+        if trainer.step == step:
+            raise InterruptedError
+        return train_step(trainer, batch)
+
+    with mock.patch.object(trainer_module.Trainer, "train_step", stop), contextlib.suppress(InterruptedError):
+        trainer_module.run(parse_args(arguments_of(data_dir, work, options)))
 
 
 # ---------------------------------------------------------------------------------------------------------- one by one
@@ -137,7 +159,7 @@ def train_by_turns(data_dir, work, store_type, clip):
     enlarge_rows(turns.trainer.model)
     turns.reference = Reference(values_of(turns.trainer.model), turns.trainer.args.learning_rate,
                                 max_grad_norm=float(clip))
-    prepare_new_run(turns.saver.save_dir, turns.saver.stores)
+    prepare_new_run(turns.saver.save_dir, turns.saver.stores, data_dir, overwrite=True)
     turns.train(3, share=1)
     before = turns.save("before")
 
@@ -158,6 +180,49 @@ def train_by_turns(data_dir, work, store_type, clip):
     return {**result, "losses": turns.losses, "difference": [after_cuda, at_the_end]}
 
 
+# --------------------------------------------------------------------------------------------------------- growing data
+
+
+def run_on_day(work, day, users, base, options):
+    """Train on the rows of a day, data that grew out of those in `base`; returns the folder of its checkpoints."""
+    folder = Path(work) / f"day{day}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    convert(folder / "data", write_rows(folder / "rows.csv", 1500, day, users), base=base)
+    run(folder / "data", folder, ["--device", "cuda", "--model_save_dir", f"{folder}/save", *options])
+    return folder / "save"
+
+
+def train_on_first_day(work):
+    run_on_day(work, 1, USERS, None, ["--train_batches", "15"])
+
+
+def train_on_second_day(work):
+    """From the first day's checkpoint; does every row go to its new id, and begin a new one as its field's OOV row?
+
+    Returns {"rows": of the first day's tables, "kept": whether they are the same, value, m and v, "new": rows of tokens
+    that came on the second day, "as_oov": whether they are as they should be}.
+    """
+    best = Path(work) / "day1" / "save" / "best_checkpoint"
+    start = run_on_day(work, 2, [*USERS, *(f"new{i}" for i in range(20))], Path(work) / "day1" / "data",
+                       ["--model_load_dir", str(best), "--save_initial_model", "--train_batches", "1"])
+    before, after = rows_of(best), rows_of(start / "initial_checkpoint")
+    old, new = (Encoder.load(Path(work) / day / "data") for day in ("day1", "day2"))
+    pairs, fresh = [], []
+    for table, rows in before.items():
+        for was, now in zip(old.fields, new.fields):
+            first, second = old.offsets[was.name], new.offsets[now.name]
+            oov = rows.get(first + was.oov) if was.oov is not None else None  # CUDA saves rows that were looked up
+            pairs += [(rows.get(first + local), after[table].get(second + (now.oov if local == was.oov else local)))
+                      for local in range(was.table_size)]
+            fresh += [(oov, after[table][second + local]) for local in range(was.oov or 0, now.oov or 0)
+                      if oov is not None]
+    pairs = [(was, now) for was, now in pairs if was is not None]
+    fresh = [(np.where(np.arange(len(oov)) < len(oov) // 3, oov, 0), row) for oov, row in fresh]
+    return {"rows": len(pairs), "kept": all(np.array_equal(*pair) for pair in pairs),
+            "new": len(fresh), "as_oov": all(np.array_equal(*pair) for pair in fresh)}
+
+
 def main():
     results = os.fdopen(os.dup(1), "w", buffering=1)
     if not flow.cuda.is_available():
@@ -169,6 +234,7 @@ def main():
     for name, function, arguments in json.load(sys.stdin):
         start = time.perf_counter()
         value = globals()[function](*arguments)
+        gc.collect()  # graphs go now, and not in the middle of the next job
         result = {"name": name, "seconds": round(time.perf_counter() - start, 1), "value": value}
         results.write(f"RESULT {json.dumps(result)}\n")
     results.flush()

@@ -9,6 +9,7 @@ Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from conftest import make_dataset
 WORKER = Path(__file__).with_name("cuda_jobs.py")
 STORES = ("device_mem", "cached_host_mem", "cached_ssd")
 FIELDS = ["f0", "f1", "f2"]
+NEW = ["--overwrite_tables"]  # of a new run: there may have been a try before
 
 
 class Case(NamedTuple):
@@ -41,7 +43,7 @@ def run(*options):
 def trained_and_scored(name, first, second):
     """Two epochs, at their end the best checkpoint's scores; then these scores in a fresh process."""
     best = ["--eval_only", "--model_load_dir", "WORK/save/best_checkpoint"]
-    return Case(name, [run("--train_batches", "50", *first)], [run(*best, *second)])
+    return Case(name, [run("--train_batches", "50", *NEW, *first)], [run(*best, *second)])
 
 
 def on_cuda(*options):
@@ -58,12 +60,13 @@ def variants():
 
 
 def resumed():
-    """Five epochs without a stop; two and a half, and the rest in a fresh process."""
+    """Five epochs without a stop; a stop in the fourth, then on from the middle of the third in a fresh process."""
     # no epoch is a gain after the first, so the learning rate is cut at the end of the third
-    plain = on_cuda("--net_dropout", "0", "--min_delta", "1", "--early_stop_patience", "0", "--batch_size", "320")
-    whole = ["run", "DATA", "WORK/whole", [*plain, "--train_batches", "25"]]
-    return Case("resumed", [whole, run(*plain, "--train_batches", "13")],
-                [run(*plain, "--train_batches", "25", "--resume")])
+    options = on_cuda("--net_dropout", "0", "--min_delta", "1", "--early_stop_patience", "0", "--batch_size", "320",
+                      "--train_batches", "25", "--checkpoint_interval", "13")
+    whole = ["run", "DATA", "WORK", ["--model_save_dir", "WORK/whole", *NEW, *options]]
+    _, *arguments, stopped = run(*NEW, *options)
+    return Case("resumed", [whole, ["run_to_step", *arguments, 16, stopped]], [run(*options, "--resume")])
 
 
 def cases(cases):
@@ -74,8 +77,11 @@ def cases(cases):
 
 
 def run_jobs(jobs):
-    """{name: {"value", "seconds"} or {"error": last words of the process}} of [[name, function, arguments], ...]"""
-    results = {}
+    """{name: {"value", "seconds"} or {"error": last words of the process}} of [[name, function, arguments], ...]
+
+    A segmentation fault or bus error may be OneFlow's race at the start of a tiny graph (startup.py): one more try.
+    """
+    results, again = {}, set()
     # products of TF32, which OneFlow takes where a GPU has it, are too rough to compare with those of a CPU
     environment = {**os.environ, "ONEFLOW_EP_CUDA_ENABLE_TF32_EXECUTION": "0"}
     while len(results) < len(jobs):
@@ -91,9 +97,13 @@ def run_jobs(jobs):
         done = [json.loads(line[len("RESULT "):]) for line in lines if line.startswith("RESULT ")]
         results.update({result["name"]: result for result in done})
         if len(done) < len(left):
+            name = left[len(done)][0]
+            if process.returncode in (-signal.SIGSEGV, -signal.SIGBUS) and name not in again:
+                again.add(name)
+                continue
             words = [line for line in lines if not line.startswith("RESULT ")][-40:]
             error = "\n".join([f"the process ended with status {process.returncode}", *words])
-            results[left[len(done)][0]] = {"error": error}
+            results[name] = {"error": error}
     return results
 
 
@@ -165,8 +175,9 @@ def check_scores(trained, scored, tolerance, auc):
 
 
 @cases(variants())
-def test_variants_train_and_load(values):
-    check_scores(*values, tolerance=1e-4, auc=0.6)
+def test_variants_train_and_load(case, values):
+    # a dynamic loss scale begins with a dozen steps that overflow and are left out; batch norm begins slowly
+    check_scores(*values, tolerance=1e-4, auc={"options1": 0.6, "options4": 0.5}.get(case.name, 0.7))
 
 
 @cases([trained_and_scored("cpu_to_cuda", ["--device", "cpu"], on_cuda()),
@@ -193,8 +204,15 @@ def test_steps_equal_the_reference_on_both_devices_by_turns(values):
 def test_resume_in_a_fresh_process(values):
     """Rows, moments, step, order of the data and learning rate go on as without the stop."""
     whole, _, rest = values
-    assert "epoch 3, step 13" in rest["output"] and "0.01 -> 0.001" in rest["output"]
+    assert "epoch 3, step 13" in rest["output"] and "0.03 -> 0.003" in rest["output"]
     assert rest["val"] == [pytest.approx(line, abs=1e-3) for line in whole["val"][2:]]
+
+
+@cases([Case("grown", [["train_on_first_day", "WORK"]], [["train_on_second_day", "WORK"]])])
+def test_tables_grow_with_the_data(values):
+    _, value = values
+    assert value["rows"] > 150 and value["kept"]
+    assert value["new"] > 30 and value["as_oov"]  # of both tables
 
 
 @cases(Case(f"rows_{store}", [["look_up_fresh_rows", "WORK", store]]) for store in STORES)

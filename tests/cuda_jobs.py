@@ -1,4 +1,4 @@
-"""What test_cuda.py does on a GPU, many jobs in one process: python tests/cuda_jobs.py, a JSON list of jobs on stdin.
+"""What test_cuda.py does on a GPU, many jobs in one process: python tests/cuda_jobs.py JSON, a list of jobs.
 
 A job is [name, function of this module, arguments]. When one has ended, a line "RESULT {name, seconds, value}" goes to
 stdout. Without a GPU the store of host_embedding.py takes OneEmbedding's place. Tables live until the process ends, and
@@ -231,7 +231,7 @@ def main():
         host_embedding.install()
     prepare_run(on_cpu=False)
     number_tables()
-    for name, function, arguments in json.load(sys.stdin):
+    for name, function, arguments in json.loads(sys.argv[1]):
         start = time.perf_counter()
         value = globals()[function](*arguments)
         gc.collect()  # graphs go now, and not in the middle of the next job

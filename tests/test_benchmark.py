@@ -1,6 +1,9 @@
 """tools/benchmark.py: the synthetic data, the numbers it takes from a run, and every subcommand on tiny sizes."""
 
 import json
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import benchmark
@@ -8,6 +11,7 @@ import benchmark_workers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 TINY = ["--fields", "5", "--dnn", "8,8", "--table_rows", "100", "--repeats", "1"]
 
@@ -170,14 +174,64 @@ def test_cuda_is_skipped_with_one_line_where_there_is_none(capsys):
     assert capsys.readouterr().out == "OneFlow sees no CUDA device: nothing measured\n"
 
 
-def test_steps_worker_does_not_read(shared_dataset_dir, tmp_path):
-    """The worker that measures CUDA without a loader, on the CPU."""
-    options = ["--device", "cpu", "--dnn", "8", "--embedding_vec_size", "4", "--batch_size", "64"]
-    spec = {"data_dir": str(shared_dataset_dir), "work_dir": str(tmp_path), "options": options, "warmup": 1, "steps": 9}
-    result = benchmark.worker("steps", spec)  # 10 steps, an epoch has 7
-    assert result["samples_per_second"] == pytest.approx(64_000 / result["ms_per_step"])
+GPU_WORKER = """
+import json, os, sys
+sys.path[:0] = {paths}
+options = json.loads(sys.argv[2])["options"]
+if "cached_ssd" in options:  # a stand-in that OneFlow ends in the middle
+    found = {{"data": "from parquet", "ms_per_step": 5.0, "samples_per_second": 12800.0, "gpu_memory_mb": 77}}
+    print(json.dumps(found))
+    print("F1126 07:12:03 22531 lru_cache.cu:40] Check failed: size <= capacity (3 vs. 2) ", flush=True)
+    os.abort()
+if "--amp" in options:
+    sys.exit("RuntimeError: no half for you")
+import host_embedding
+host_embedding.install()
+import benchmark_workers
+benchmark_workers.main()
+"""
 
 
+def test_step_on_cuda_goes_on_after_failures(tmp_path, monkeypatch):
+    """On a store in host memory, but for stores that fail; what is known is printed and written at once."""
+    script, out = tmp_path / "worker.py", tmp_path / "step.json"
+    script.write_text(GPU_WORKER.format(paths=[str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]))
+    monkeypatch.setattr(benchmark, "WORKERS", script)
+    monkeypatch.setattr(benchmark, "count_gpus", lambda: 1)
+    monkeypatch.setattr(benchmark, "STORES", ("device_mem", "cached_ssd"))
+    known = []
+
+    def print_row(cells, widths):
+        known.append((cells, out.read_text() if out.exists() else None))
+
+    monkeypatch.setattr(benchmark, "print_row", print_row)
+    assert benchmark.main(["step", "--device", "cuda", *TINY, "--batch_size", "64", "--steps", "4", "--json",
+                           str(out)]) == 0
+    rows = [cells for cells, _ in known[2:]]
+    assert [row[:3] for row in rows] == [
+        [store, amp, data] for store in ("device_mem", "cached_ssd") for amp in ("no", "yes")
+        for data in ("from parquet", "same batch")]
+    runs = json.loads(out.read_text())["runs"]
+    for row, data in zip(rows[:2], ("from parquet", "same batch")):
+        [run] = runs[f"device_mem {data}"]
+        assert run["samples_per_second"] == pytest.approx(64_000 / run["ms_per_step"], rel=0.01)
+        assert row[3:] == [f"{run['ms_per_step']:.2f}", f"{run['samples_per_second']:.0f}", "123"]
+    assert [row[3:] for row in rows[2:4]] == [["failed: RuntimeError: no half for you (ended with status 1)"]] * 2
+    for row, again in zip(rows[4:6], rows[6:]):
+        assert row[3:] == again[3:]
+    assert rows[4][3:] == ["5.00", "12800", "77"]
+    assert rows[5][3].startswith("failed: F1126") and "(3 vs. 2)" in rows[5][3] and rows[5][3].endswith("status -6)")
+    for number, (_, text) in enumerate(known[2:], 1):  # the file has what is printed
+        assert len(json.loads(text)["runs"]) == number
+
+
+def test_a_silent_process_is_killed_with_its_children():
+    script = "import os; print('a', flush=True); os.system('sleep 60; echo b'); print('c')"
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    assert list(benchmark_workers.output_lines(process, 2)) == ["a"]
+    assert process.returncode == -9 and time.monotonic() - start < 30
 
 
 PEER = """#!/bin/sh

@@ -9,7 +9,6 @@ Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import pytest
+from benchmark_workers import output_lines
 from conftest import make_dataset
 
 WORKER = Path(__file__).with_name("cuda_jobs.py")
@@ -76,34 +76,31 @@ def cases(cases):
 # -------------------------------------------------------------------------------------------------------- running them
 
 
-def run_jobs(jobs):
+def run_jobs(jobs, patience=120):
     """{name: {"value", "seconds"} or {"error": last words of the process}} of [[name, function, arguments], ...]
 
-    A segmentation fault or bus error may be OneFlow's race at the start of a tiny graph (startup.py): one more try.
+    patience: seconds that a job may take. A crash or a halt may be OneFlow's race at the start of a tiny graph
+    (startup.py), so there is one more try, unless OneFlow says what it does not like.
     """
-    results, again = {}, set()
+    results, tried = {}, set()
     # products of TF32, which OneFlow takes where a GPU has it, are too rough to compare with those of a CPU
     environment = {**os.environ, "ONEFLOW_EP_CUDA_ENABLE_TF32_EXECUTION": "0"}
     while len(results) < len(jobs):
         left = jobs[len(results):]
-        process = subprocess.Popen([sys.executable, WORKER], env=environment, text=True, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            output, _ = process.communicate(json.dumps(left), timeout=60 + 20 * len(left))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0] + "\nkilled, because it took too long"
-        lines = output.splitlines()
-        done = [json.loads(line[len("RESULT "):]) for line in lines if line.startswith("RESULT ")]
-        results.update({result["name"]: result for result in done})
-        if len(done) < len(left):
-            name = left[len(done)][0]
-            if process.returncode in (-signal.SIGSEGV, -signal.SIGBUS) and name not in again:
-                again.add(name)
-                continue
-            words = [line for line in lines if not line.startswith("RESULT ")][-40:]
-            error = "\n".join([f"the process ended with status {process.returncode}", *words])
-            results[name] = {"error": error}
+        process = subprocess.Popen([sys.executable, WORKER, json.dumps(left)], env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        words = []
+        for line in output_lines(process, patience):
+            if line.startswith("RESULT "):
+                result = json.loads(line[len("RESULT "):])
+                results[result["name"]] = result
+            else:
+                words.append(line)
+        if len(results) < len(jobs):
+            name, text = jobs[len(results)][0], "\n".join(words[-40:])
+            if process.returncode > 0 or "Check failed" in text or name in tried:
+                results[name] = {"error": f"the process ended with status {process.returncode}\n{text}"}
+            tried.add(name)
     return results
 
 

@@ -14,6 +14,7 @@
 prints a table, one line per job, of medians over --repeats runs; the jobs take turns, so that a slow spell of the
 machine hits all of them. --json FILE keeps every single measurement. Training runs are those of the launcher,
 train_deepfm_criteo_x4.sh, on synthetic data; its environment variables (VENV, OMP_NUM_THREADS, DEEPFM_BLAS) work here.
+With --device cuda they are the trainer's loop in the Python that runs this script, in one process per GPU.
 """
 
 import argparse
@@ -25,12 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
 import benchmark_serving
-from benchmark_workers import make_dataset, make_h5, make_raw, save_batches
+from benchmark_workers import make_dataset, make_h5, make_raw, output_lines, save_batches
 
 from tools.trainer import cli
 from tools.trainer.cli import Parser, UserError, int_list, number
@@ -39,6 +41,7 @@ from tools.trainer.plateau import MONITORS
 TOOLS = Path(__file__).resolve().parent
 LAUNCHER = TOOLS.parent / "train_deepfm_criteo_x4.sh"
 WORKERS = TOOLS / "benchmark_workers.py"
+STORES = ("device_mem", "cached_host_mem", "cached_ssd")
 
 # ------------------------------------------------------------------------------------------------------ shared pieces
 
@@ -61,11 +64,13 @@ def take_turns(jobs, repeats):
 
 def print_table(headers, rows):
     """Print rows of cells as a markdown table with aligned columns."""
-    cells = [[str(cell) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    print("\n".join(lines), flush=True)
+    widths = [max(len(str(row[column])) for row in [headers, *rows]) for column in range(len(headers))]
+    for row in [headers, ["-" * width for width in widths], *rows]:
+        print_row(row, widths)
+
+
+def print_row(cells, widths):
+    print("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths)) + " |", flush=True)
 
 
 def write_json(path, results):
@@ -298,7 +303,7 @@ def training_job(work, updates, args, **options):
     setting = {**vars(args), **options}
     interval, steps = steps_plan(setting["steps"])
     arguments = [*model_options(setting["dnn"], setting["net_dropout"], updates), "--batch_size",
-                 str(setting["batch_size"]), *setting.get("more", ["--device", "cpu"])]  # fmt: skip
+                 str(setting["batch_size"]), "--device", "cpu"]  # fmt: skip
     return lambda: train(work / "data", arguments, interval, steps, setting["processes"], ("train", steps // interval))
 
 
@@ -433,33 +438,66 @@ def plot_step(measured, path):
 
 
 def step_on_cuda(args):
-    """Every store type, with and without AMP: the launcher's run, and one process on the same batch over and over."""
-    seen = subprocess.run([sys.executable, "-c", "import oneflow; print(oneflow.cuda.is_available())"],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
-    if not seen.stdout.strip().endswith("True"):
+    """Every store type, with and without AMP, the tables as in "lazy": a line of each as soon as it is known."""
+    gpus = count_gpus()
+    if gpus == 0:
         print("OneFlow sees no CUDA device: nothing measured")
         return
+    processes, results = args.processes or gpus, {}
+    print(f"batch {args.batch_size}, {args.fields} fields, {args.table_rows} table rows, DNN {args.dnn}, dropout "
+          f"{args.net_dropout}; {processes} process(es)")  # fmt: skip
+    headers = ["store type", "AMP", "data", "ms/step", "samples/s", "GPU MB"]
+    widths = [15, 3, 12, 8, 9, 6]
+    print_row(headers, widths)
+    print_row(["-" * width for width in widths], widths)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
-        work, jobs = Path(work), {}
-        rows = rows_for(args.batch_size, args.steps)
-        apart(make_dataset, work / "data", (rows, args.batch_size, args.batch_size), args.fields, args.table_rows)
-        for store in ("device_mem", "cached_host_mem", "cached_ssd"):
-            for amp in ([], ["--amp"]):
-                more = ["--device", "cuda", "--store_type", store, *amp]
-                jobs[store, bool(amp), "from parquet"] = training_job(work, "lazy", args, more=more)
-                options = [*model_options(args.dnn, args.net_dropout, "lazy"), "--batch_size", str(args.batch_size)]
-                jobs[store, bool(amp), "same batch"] = lambda options=options + more: same_batch(work, args, options)
-        results = take_turns(jobs, args.repeats)
-    rows = [[store, "yes" if amp else "no", data, f"{median(runs, 'ms_per_step'):.2f}",
-             f"{median(runs, 'samples_per_second'):.0f}"] for (store, amp, data), runs in results.items()]  # fmt: skip
-    print_table(["store type", "AMP", "data", "ms/step", "samples/s"], rows)
-    write_json(args.json, {"settings": settings(args), "runs": named(results)})
+        rows = 2 * args.steps * args.batch_size + (1 << 19)  # the reader is still at work when the last step runs
+        apart(make_dataset, Path(work) / "data", (rows, args.batch_size, args.batch_size), args.fields, args.table_rows)
+        for repeat in range(args.repeats):
+            for store, amp in ((store, amp) for store in STORES for amp in ("", "AMP")):
+                print(f"run {repeat + 1}/{args.repeats}: {store} {amp}", file=sys.stderr, flush=True)
+                for data, result in gpu_results(work, args, processes, store, amp):
+                    runs = results.setdefault((store, amp, data), [])
+                    runs.append(result)
+                    write_json(args.json, {"settings": settings(args), "processes": processes, "runs": named(results)})
+                    if repeat + 1 == args.repeats:
+                        print_row([store, "yes" if amp else "no", data, *gpu_cells(runs)], widths)
 
 
-def same_batch(work, args, options):
+def count_gpus():
+    """GPUs that OneFlow sees, asked in a process of its own."""
+    script = "import oneflow; print(oneflow.cuda.device_count() if oneflow.cuda.is_available() else 0)"
+    seen = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return int(seen.stdout.split()[-1]) if seen.returncode == 0 else 0
+
+
+def gpu_results(work, args, processes, store, amp):
+    """Yield ("from parquet", result) and ("same batch", result) of `gpu_worker`; what it did not come to: {"error"}."""
+    options = [*model_options(args.dnn, args.net_dropout, "lazy"), "--batch_size", str(args.batch_size), "--device",
+               "cuda", "--store_type", store, *(["--amp"] if amp else [])]  # fmt: skip
+    launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes)] if processes > 1 else []
+    left, words = ["from parquet", "same batch"], deque(maxlen=15)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        return worker("steps", {"data_dir": str(work / "data"), "work_dir": scratch, "options": options,
-                                 "warmup": 3, "steps": args.steps})  # fmt: skip
+        spec = {"data_dir": f"{work}/data", "work_dir": scratch, "options": options, "steps": args.steps}
+        process = subprocess.Popen([sys.executable, *launch, WORKERS, "gpu", json.dumps(spec)], stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+        for line in output_lines(process, 60 + args.steps):
+            if line.startswith('{"data"'):
+                yield left.pop(0), json.loads(line)
+            else:
+                words.append(line)
+    for data in left:
+        yield data, {"error": [*words, f"ended with status {process.returncode}"]}
+
+
+def gpu_cells(runs):
+    """Medians of the runs that have one, else in one cell why the last one failed."""
+    values = [median(runs, name) for name in ("ms_per_step", "samples_per_second", "gpu_memory_mb")]
+    if values[0] is not None:
+        return [f"{values[0]:.2f}", *(f"{value:.0f}" for value in values[1:])]
+    words = runs[-1]["error"]
+    reasons = [word for word in words if "Check failed" in word or "rror" in word]
+    return [f"failed: {cli.brief((reasons or words)[-1], 200)} ({words[-1]})"]
 
 
 # --------------------------------------------------------------------------------------------------------------- loader

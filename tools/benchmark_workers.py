@@ -2,20 +2,56 @@
 
     python benchmark_workers.py NAME JSON
 
-runs one of WORKERS with the settings in JSON and prints its result as JSON in the last line. The peer runs in a Python
+runs one of WORKERS with the settings in JSON and prints its result as JSON in the last line, or several results, each
+in a line as soon as it is known. The peer runs in a Python
 that has torch but none of this package's requirements, so everything beyond the standard library is imported late.
 """
 
 import ctypes
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def output_lines(process, patience):
+    """Yield the lines that a process with a session of its own prints, as they come.
+
+    It is killed with all that it started after `patience` seconds without a line, or when nobody wants more lines.
+    """
+    timer = None
+
+    def kill():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    try:
+        while True:
+            timer = threading.Timer(patience, kill)
+            timer.start()
+            line = process.stdout.readline()
+            timer.cancel()
+            if not line:
+                break
+            yield line.rstrip("\n")
+        process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            kill()
+            process.wait()
+
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
@@ -252,19 +288,34 @@ def wait_for_all(spec):
         time.sleep(0.001)
 
 
-def steps_worker(spec):
-    """Steps on one batch over and over, through the trainer's classes: no reading, no shuffling."""
+def gpu_worker(spec):
+    """Yield two results of the trainer's classes: steps on rows from parquet, and steps on one batch over and over.
+
+    Each is {"data": which of them, "ms_per_step", "samples_per_second" of all processes together, "gpu_memory_mb"}.
+    spec["steps"] steps are counted, behind as many with compilation and with rows that are new to the tables. In them
+    nothing is started, logged or saved.
+    """
     module, trainer, _ = open_trainer(spec)
-    batch = next(module.batches_of_epoch(trainer))
-    for step_number in range(spec["warmup"] + spec["steps"]):
-        if step_number == spec["warmup"]:
-            float(loss.to_local().numpy())  # noqa: F821 - waits for the warm-up, which comes first
+
+    def result(data, ms):
+        return {"data": data, "ms_per_step": ms, "samples_per_second": 1000 * trainer.args.batch_size / ms,
+                **trainer.device.memory()}  # fmt: skip
+
+    with module.prefetched(module.batches_of_epoch(trainer)) as batches:
+        yield result("from parquet", timed_steps(trainer, batches, spec["steps"], spec["steps"]))
+        batch = next(batches)
+    yield result("same batch", timed_steps(trainer, itertools.repeat(batch), 3, spec["steps"]))
+
+
+def timed_steps(trainer, batches, warmup, steps):
+    """ms per step of so many steps behind the warm-up, as the training loop takes them."""
+    for number, batch in enumerate(itertools.islice(batches, warmup + steps)):
+        if number == warmup:
+            trainer.losses.read()  # waits for the step before
             start = time.perf_counter()
-        loss = trainer.train_step(batch)
-    float(loss.to_local().numpy())
-    seconds = time.perf_counter() - start
-    ms = 1000 * seconds / spec["steps"]
-    return {"ms_per_step": ms, "samples_per_second": 1000 * len(batch.ids) / ms}
+        trainer.losses.add(trainer.train_step(batch), trainer.step_weight, trainer.step)
+    trainer.losses.read()
+    return 1000 * (time.perf_counter() - start) / steps
 
 
 def loader_worker(spec):
@@ -411,10 +462,6 @@ def fuxictr_worker(spec):
             "seconds": time.perf_counter() - start, "fuxictr": fuxictr.__version__, "torch": torch.__version__}
 
 
-WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "loader": loader_worker,
-           "metrics": metrics_worker, "checkpoint": checkpoint_worker, "fuxictr": fuxictr_worker}  # fmt: skip
-
-
 def serve_worker(spec):
     """An exported model on one core: seconds to load it, and of requests of each number of rows; see `requests`."""
     os.sched_setaffinity(0, {spec["core"]})
@@ -457,12 +504,20 @@ def requests(spec, available, run):
     return found
 
 
-WORKERS = {"peer": peer_worker, "floor": floor_worker, "steps": steps_worker, "loader": loader_worker,
-           "metrics": metrics_worker, "checkpoint": checkpoint_worker, "serve": serve_worker,
-           "serve_peer": serve_peer_worker}  # fmt: skip
+WORKERS = {"peer": peer_worker, "floor": floor_worker, "gpu": gpu_worker, "loader": loader_worker,
+           "metrics": metrics_worker, "checkpoint": checkpoint_worker, "fuxictr": fuxictr_worker,
+           "serve": serve_worker, "serve_peer": serve_peer_worker}  # fmt: skip
 
-if __name__ == "__main__":
+
+def main():
     if len(sys.argv) != 3 or sys.argv[1] not in WORKERS:
         sys.exit(__doc__)
-    print(json.dumps(WORKERS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
+    results = WORKERS[sys.argv[1]](json.loads(sys.argv[2]))
+    for result in [results] if isinstance(results, dict) else results:
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result), flush=True)
     os._exit(0)  # without OneFlow's messages at its end: the result is the last line
+
+
+if __name__ == "__main__":
+    main()

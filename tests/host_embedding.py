@@ -15,8 +15,9 @@ import numpy as np
 
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import Cuda, OneEmbeddingTable, Trainer
+from tools.trainer.chunks import BLOCK_SIZE
 from tools.trainer.startup import flow
-from tools.trainer.tables import BLOCK_SIZE
+from tools.trainer.tables import OPTIMIZERS
 
 INIT_STD = 1e-4
 GPU_MEMORY_MB = 123.4
@@ -31,8 +32,9 @@ class CudaOnCpu(Cuda):
 class Handler:
     """In place of OneFlow's OneEmbeddingHandler, which owns memory of a GPU.
 
-    Attributes: kept, bool (R,): rows that a training step has looked up; moments: Adam's m and v, float32 (R, D);
-    values: a function that returns the rows of the table's parameter, float32 (R, D), to write to.
+    Attributes: kept, bool (R,): rows that a training step has looked up; moments: what the optimizer keeps, Adam's m
+    and v say, float32 (parts, R, D); parts: their names; values: a function that returns the rows of the table's
+    parameter, float32 (R, D), to write to.
     """
 
     names = set()
@@ -44,11 +46,15 @@ class Handler:
         assert world_size == 1 and store["persistent_table"]["physical_block_size"] == BLOCK_SIZE
         self.names.add(options["name"])
         self.folder, self.width = os.path.join(store["persistent_table"]["path"], "0-1"), options["storage_dim"]
-        rows, dim = store["persistent_table"]["capacity_hint"], self.width // 3
+        self.rows = store["persistent_table"]["capacity_hint"]
         self.writer("opened").close()  # makes the files of an empty table, or checks those that are there
         shutil.rmtree(os.path.join(self.folder, "snapshots", "opened"))
-        self.kept, self.moments = np.zeros(rows, bool), np.zeros((2, rows, dim), np.float32)
-        self.values = None
+
+    def begin(self, dim, values):
+        """dim: D, which OneFlow tells the lookup alone."""
+        [self.parts] = [parts for parts in OPTIMIZERS.values() if 1 + len(parts) == self.width // dim]
+        self.kept, self.moments = np.zeros(self.rows, bool), np.zeros((len(self.parts), self.rows, dim), np.float32)
+        self.values = values
 
     def arguments(self, name):
         return [self.folder], name, flow.int64, flow.float, self.width
@@ -73,7 +79,8 @@ class Handler:
         reader = flow.one_embedding.make_persistent_table_reader(*self.arguments(name), physical_block_size=BLOCK_SIZE)
         for keys, rows in reader:
             self.kept[keys] = True
-            self.values()[keys], self.moments[0][keys], self.moments[1][keys] = np.split(rows, 3, axis=1)
+            value, *moments = np.split(rows, 1 + len(self.parts), axis=1)
+            self.values()[keys], self.moments[:, keys] = value, moments
         reader.close()
 
 
@@ -83,9 +90,9 @@ class HostTable(OneEmbeddingTable):
     def __init__(self, name, dim, placement, store_options, seed):
         super().__init__(name, dim, placement, store_options, seed)
         assert [tuple(parameter.shape) for parameter in self.parameters()] == [(1,)]
+        self.handler.begin(dim, lambda: self.shadow.detach().to_local().numpy())
         rows = flow.tensor(self.handler.new_rows(seed)).to_global(placement, flow.sbp.broadcast)
         self.shadow = flow.nn.Parameter(rows)
-        self.handler.values = lambda: self.shadow.detach().to_local().numpy()
 
 
 def look_up(shadow, ids, *_, **__):
@@ -94,20 +101,20 @@ def look_up(shadow, ids, *_, **__):
 
 
 def handlers(trainer):
-    """{name of the table's Adam state in a graph without -m, -v: Handler}"""
+    """{name of the optimizer's state of a table in a graph without -m, -v: Handler}"""
     return {f"model.{name}.weight.shadow": table.weight.handler for name, table in trainer.model.tables().items()}
 
 
 class HostTrainer(Trainer):
-    """On CUDA the graph's Adam moves every row; what was not looked up is put back, value, m and v."""
+    """Here the graph's optimizer moves every row; what was not looked up is put back."""
 
     def make_train_graph(self):
         super().make_train_graph()
         if not self.device.one_embedding:
             return
         self.train_graph.load_state_dict({
-            f"{name}-{moment}": flow.tensor(array).to_global(self.device.placement, flow.sbp.broadcast)
-            for name, handler in handlers(self).items() for moment, array in zip("mv", handler.moments)})
+            f"{name}-{part}": flow.tensor(array).to_global(self.device.placement, flow.sbp.broadcast)
+            for name, handler in handlers(self).items() for part, array in zip(handler.parts, handler.moments)})
 
     def train_step(self, batch):
         if not self.device.one_embedding:
@@ -117,7 +124,7 @@ class HostTrainer(Trainer):
         loss = super().train_step(batch)
         state = self.train_graph.state_dict()  # waits for the step
         for name, handler in handlers(self).items():
-            moments = [state[f"{name}-{moment}"].to_local().numpy() for moment in "mv"]
+            moments = [state[f"{name}-{part}"].to_local().numpy() for part in handler.parts]
             untouched = np.ones(len(handler.kept), bool)
             untouched[batch.ids] = False
             for array, old in zip((handler.values(), *moments), before[name]):

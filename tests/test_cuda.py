@@ -51,11 +51,12 @@ def on_cuda(*options):
 
 
 def variants():
-    """Cases options0 to options5."""
+    """Cases options0 to options6."""
     for number, options in enumerate([
             ["--amp"], ["--amp", "--loss_scale_policy", "dynamic"], ["--disable_fusedmlp", "False"],
             ["--disable_fusedmlp", "False", "--amp"], ["--batch_norm"],
-            ["--embedding_l2", "1e-5", "--max_grad_norm", "10"]]):
+            ["--embedding_l2", "1e-5", "--max_grad_norm", "10"],
+            ["--optimizer", "adagrad", "--warmup_batches", "5", "--eval_interval", "20", "--monitor", "auc"]]):
         yield trained_and_scored(f"options{number}", on_cuda(*options), on_cuda(*options))
 
 

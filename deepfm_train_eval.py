@@ -121,7 +121,7 @@ def make_parser():
 
 def add_model_options(parser):
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", help="folder with train/, val/, test/ parquet shards; required but for --predict")
+    data.add_argument("--data_dir", help="folder (or URL) with train/, val/, test/ shards; required but for --predict")
     for split in SPLITS:
         data.add_argument(f"--num_{split}_samples", type=POSITIVE,
                           help=f"rows of the {split} split; required unless dataset_info.json has it")
@@ -913,7 +913,7 @@ class Trainer(Progress):
         return {
             "model": {"fields": dataset.fields, "table_sizes": dataset.table_sizes, "lists": dataset.lists,
                       **{name: getattr(args, name) for name in MODEL_OPTIONS}},
-            "data": {"dir": os.path.abspath(args.data_dir), "fingerprint": dataset.fingerprint},
+            "data": {"dir": dataset.folder, "fingerprint": dataset.fingerprint},
             "run": {"train_rows": dataset.splits["train"].num_rows, "train_digest": dataset.train_digest(),
                     **{name: getattr(args, name) for name in SAME_IN_A_RUN}},
             **self.progress_state(),

@@ -54,6 +54,7 @@ from tools.converter.rows import RowMaker
 from tools.converter.source import Source
 from tools.converter.writer import LABEL
 from tools.trainer.cli import LARGEST, UserError, number, shorten
+from tools.trainer.places import as_place
 
 INTEGER_FIELDS = [f"I{i}" for i in range(1, 14)]
 CATEGORICAL_FIELDS = [f"C{i}" for i in range(1, 27)]
@@ -75,7 +76,7 @@ X4_TABLE_SIZES = [
 
 def find_inputs(args):
     """The raw files: list of (path, index into SPLITS, or None for one yet to be split). Raises: UserError"""
-    folder = Path(args.input_dir)
+    folder = as_place(args.input_dir)
     if not folder.is_dir():
         raise UserError(f"--input_dir {folder} is not a folder")
     names = ("train", "valid", "test")

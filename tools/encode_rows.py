@@ -49,7 +49,8 @@ def encode_rows(args):
     carried = growth.carried_of(encoder, args.keep or [])
     maker = RowMaker(encoder.fields, encoder.label, carried, splits.ByFile(), counting=False)
     unknown = np.zeros(len(encoder.fields), np.int64)
-    with publish.published_folder(args.output_dir, convert.inputs_of(args), args.overwrite) as folder, \
+    place = (args.output_dir, convert.inputs_of(args), args.overwrite, args.spark_tmp_dir)
+    with publish.published_folder(*place) as folder, \
             publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, \
             convert.ENGINES[args.engine](args, scratch) as engine:
         source = open_source(engine, args, encoder, [*encoder.raw_columns, *carried.values()])

@@ -48,6 +48,7 @@ from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
 from tools.trainer.dataset import LABEL, Dataset, Split
+from tools.trainer.places import as_place
 from tools.trainer.startup import prepare_run
 
 BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
@@ -59,7 +60,7 @@ BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 def load(args):
     """A Trainer with the checkpoint's model; its dataset has the val split only."""
     state = checkpoints.read_checkpoint(args.model_load_dir)
-    split = Split(str(Path(args.data_dir) / "val"), "val")
+    split = Split(as_place(args.data_dir) / "val", "val")
     missing = [name for name in (LABEL, *state["model"]["fields"]) if name not in split.columns]
     if missing:
         raise UserError(f"{split.files[0]} lacks the columns {shorten(missing)} of the checkpoint's data; give the "

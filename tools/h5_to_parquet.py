@@ -66,6 +66,7 @@ from tools.converter.vocabulary import Vocabulary, keys_of_texts
 from tools.converter.writer import LABEL, SplitWriter, rows_digest
 from tools.trainer.cli import UserError, brief, first_line, name_list, shorten
 from tools.trainer.files import count, read_json
+from tools.trainer.places import is_url
 
 FILE_NAMES = {"train": ["train"], "val": ["valid", "val"], "test": ["test"]}  # of each split
 MAGIC = {b"\x89HDF": "h5", b"PK\x03\x04": "npz", b"PAR1": "parquet"}
@@ -87,6 +88,8 @@ Part = namedtuple("Part", "path kind num_rows")
 
 def find_data_dir(input_dir):
     """Folder that holds feature_map.json: `input_dir` itself or one folder below it (FuxiCTR's dataset_id folder)."""
+    if is_url(input_dir):
+        raise UserError(f"--input_dir {input_dir} is a URL, expected a folder; copy it to a local disk first")
     if not os.path.isdir(input_dir):
         raise UserError(f"--input_dir {input_dir} is not a folder; give the folder that FuxiCTR wrote")
     below = sorted(entry.path for entry in os.scandir(input_dir) if entry.is_dir())
@@ -181,7 +184,7 @@ def data_files(folder, pattern):
     """Data files in `folder` whose name without extension matches `pattern`, part_10 after part_9."""
     return sorted((entry.path for entry in os.scandir(folder)
                    if entry.is_file() and re.fullmatch(pattern, os.path.splitext(entry.name)[0])
-                   and file_kind(entry.path)), key=natural_key)
+                   and file_kind(entry.path)), key=lambda path: natural_key(os.path.basename(path)))
 
 
 def find_split(folder, split):
@@ -576,7 +579,8 @@ def convert_data(args):
     """Make a dataset of all three splits."""
     feature_map, splits, version = inspect_input(args.input_dir, args.label, list(FILE_NAMES))
     encoder = Encoder({}, make_fields(feature_map, version, args.buckets or []))
-    with publish.published_folder(args.output_dir, [Path(feature_map.path).parent], args.overwrite) as folder, \
+    inputs = [Path(feature_map.path).parent]
+    with publish.published_folder(args.output_dir, inputs, args.overwrite, args.spark_tmp_dir) as folder, \
             publish.scratch_folder(args.spark_tmp_dir, folder) as scratch:
         done = {split: convert_split(split, parts, feature_map, encoder, folder / split, scratch, args)
                 for split, parts in splits.items()}
@@ -607,7 +611,7 @@ def convert_like(args):
     names = [field.raw_column for field in encoder.fields]
     feature_map = feature_map._replace(fields=names, vocab_sizes=[field.table_size for field in encoder.fields])
     inputs = [Path(feature_map.path).parent, args.like]
-    with publish.published_folder(args.output_dir, inputs, args.overwrite) as folder:
+    with publish.published_folder(args.output_dir, inputs, args.overwrite, args.spark_tmp_dir) as folder:
         rows, digest = convert_split(split, parts, feature_map, encoder, folder, None, args)
         content = info.rows_info(encoder.info, {"rows": rows}, {"rows": digest}, LABEL, {},
                                  {"tool": "tools/h5_to_parquet.py", "options": {"like": args.like}})

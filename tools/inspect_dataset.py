@@ -44,13 +44,13 @@ import json
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from tools.converter.encoders import Encoder, read_info
 from tools.converter.names import is_readable
 from tools.trainer.cli import UserError, first_line, int_list, shorten
 from tools.trainer.dataset import LABEL, SPLITS, columns_of_fields, parquet_files, read_dataset_info
+from tools.trainer.places import as_place, parquet_file
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory
 VECTOR = 16 + 1  # floats per id with the trainer's default --embedding_vec_size, first-order weight included
@@ -80,7 +80,8 @@ class Split:
 
     def add(self, path):
         try:
-            metadata = pq.read_metadata(path)
+            with parquet_file(path) as file:
+                metadata = file.metadata
             schema = metadata.schema.to_arrow_schema()
         except READ_ERRORS as error:
             self.problems.append(unreadable(path, error))
@@ -104,7 +105,7 @@ class Split:
         missing = 0
         for path in list(self.files):
             try:
-                with pq.ParquetFile(path) as file:
+                with parquet_file(path) as file:
                     rows = 0
                     for batch in file.iter_batches(SLICE_ROWS, columns=[column]):
                         values = batch.column(0)
@@ -138,7 +139,7 @@ def read_description(data_dir, problems):
     if not (data_dir / "dataset_info.json").exists():
         return {}
     try:
-        known = read_dataset_info(str(data_dir))
+        known = read_dataset_info(data_dir)
         info = read_info(data_dir)
         if info.get("label", LABEL) != LABEL:
             raise UserError(f"{data_dir}/dataset_info.json names the label {info['label']}, the trainer reads {LABEL}")
@@ -275,7 +276,7 @@ def add_counts(counts, ids):
 
 def inspect(data_dir, table_sizes=None):
     """Everything that --json shows."""
-    data_dir, problems = Path(data_dir), []
+    data_dir, problems = as_place(data_dir), []
     result = {"data_dir": str(data_dir), "problems": problems, "encoding": None, "splits": {}, "fields": []}
     if not data_dir.is_dir():
         problems.append(f"{data_dir} is not a folder; it should hold train/, val/ and test/")
@@ -328,7 +329,7 @@ def text_of(result):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("data_dir", metavar="DATA_DIR", help="folder with train/, val/ and test/ parquet shards")
+    parser.add_argument("data_dir", metavar="DATA_DIR", help="folder (or URL) with train/, val/ and test/ shards")
     parser.add_argument("--table_size_array", type=int_list,
                         help="rows of every field's table, comma-separated; only needed without dataset_info.json")
     parser.add_argument("--json", action="store_true", help="print a JSON object (with shares from 0 to 1) instead")

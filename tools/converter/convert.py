@@ -12,6 +12,7 @@ from tools.converter.raw import RawFormat
 from tools.converter.rows import RowMaker
 from tools.converter.splits import SPLITS
 from tools.trainer.cli import LARGEST, UserError, number
+from tools.trainer.places import is_url
 
 GIGABYTE = 10**9
 ENGINES = {"arrow": arrow_engine.ArrowEngine, "spark": spark_engine.SparkEngine}
@@ -89,7 +90,7 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
     open_source: function of an engine that finds and counts the raw rows and returns (Source, rule); it runs when the
     output folder is locked. describe: function of a Source that returns (raw, source) for dataset_info.json.
     """
-    with publish.published_folder(args.output_dir, inputs_of(args), args.overwrite) as folder, \
+    with publish.published_folder(args.output_dir, inputs_of(args), args.overwrite, args.spark_tmp_dir) as folder, \
             publish.scratch_folder(args.spark_tmp_dir, folder) as scratch, \
             ENGINES[args.engine](args, scratch) as engine:
         source, rule = open_source(engine)
@@ -138,10 +139,11 @@ def positive_int(text):
 
 def add_common_options(parser, engines=True, dataset=True):
     """The options that all converters have. engines: there is a choice of them; dataset: not only rows are made."""
-    parser.add_argument("--output_dir", required=True, help="folder to be made")
+    parser.add_argument("--output_dir", required=True, help="folder (or URL) to be made")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace what an earlier run has made there; any other folder is refused")
-    parser.add_argument("--spark_tmp_dir", help="folder for scratch files; default: beside the output folder")
+    parser.add_argument("--spark_tmp_dir", help="folder for scratch files; default: beside the output folder, for "
+                                                "a URL the system's")
     parser.add_argument("--memory_gb", type=number(float, 0.1, 1e6), default=4, help="memory to stay within, in GB")
     if dataset:
         parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=2018,
@@ -163,4 +165,4 @@ def spark_master(text):
 
 def ending(output_dir):
     """What an interrupted conversion says."""
-    return f"; nothing was written to {output_dir}"
+    return f"; no dataset was made at {output_dir}" if is_url(output_dir) else f"; nothing was written to {output_dir}"

@@ -35,6 +35,7 @@ from tools.converter.vocabulary import (
 )
 from tools.trainer.cli import UserError, brief, first_line
 from tools.trainer.files import count, read_json
+from tools.trainer.places import as_place
 
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
@@ -206,7 +207,7 @@ class VocabularyField(Field):
                          {"count": counts[order]})
 
     def read(self, folder, num_tokens):
-        path = Path(folder) / vocabulary_file(self.name)
+        path = as_place(folder) / vocabulary_file(self.name)
         texts, ids, counts = read_tokens(path, ["token", "id", "count"])
         if len(texts) != num_tokens or not np.array_equal(ids, np.arange(self.first_id, self.first_id + len(ids))):
             raise UserError(f"{path} does not hold the {num_tokens} ids from {self.first_id} on that dataset_info.json "
@@ -219,7 +220,7 @@ class VocabularyField(Field):
 
     def read_rare(self, folder):
         """Counts of tokens below the threshold, which --base needs."""
-        path = Path(folder) / vocabulary_file(self.name, rare=True)
+        path = as_place(folder) / vocabulary_file(self.name, rare=True)
         self.rare = (np.empty(0, self.dtype), np.empty(0, np.int64), NO_TEXTS)
         if path.exists():
             texts, counts = read_tokens(path, ["token", "count"])
@@ -609,7 +610,7 @@ class Encoder:
     @classmethod
     def load(cls, folder):
         """The encoder of a dataset, or of a folder that save() wrote. Raises: UserError with one line."""
-        folder = Path(folder)
+        folder = as_place(folder)
         info = read_info(folder)
         if not all("encoding" in entry for entry in info["fields"]):
             raise UserError(f"{folder} was made by an older version, which kept no vocabularies: its rows train as "
@@ -710,7 +711,7 @@ def not_a_dataset(path, error):
 
 def read_info(folder, name=INFO):
     """Contents of dataset_info.json, checked as far as all versions go. Raises: UserError"""
-    path = Path(folder) / name
+    path = as_place(folder) / name
     if not path.exists():
         raise UserError(f"no {name} in {folder}; give a folder that a converter made")
     info = read_json(path, INFO_SCHEMA, ADVICE)

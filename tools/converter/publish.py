@@ -3,6 +3,13 @@
 While a run works, `.NAME.lock` lies beside the output and is locked (flock), and its files are in a hidden folder
 `.NAME.partial-*` that holds a locked file `deepfm_scratch`. What a killed run has left can be told by the lock that
 nobody holds, and is removed by the next run; a folder without that file is not ours and stays.
+
+The stores behind URLs know neither renames nor locks. An output there is made on the local disk and uploaded when it
+is whole: first the file `deepfm_scratch`, in whose presence all else in the folder is ours; then what was there before
+goes, dataset_info.json before the rest; then the files come, dataset_info.json (or _dataset_info.json) last, and the
+mark goes. So a folder with dataset_info.json holds a whole dataset at any time. What a killed run has left has none:
+nobody takes it for a dataset, and the next run with --overwrite removes it. While the files are on their way there is
+neither the old nor the new dataset. Two runs that write to one URL at the same time are not kept apart.
 """
 
 import contextlib
@@ -12,13 +19,16 @@ import os
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.converter.encoders import INFO, ROWS_INFO, read_info
 from tools.trainer.cli import NO_SPACE, UserError, shorten
+from tools.trainer.places import Remote, as_place
 
 MARK = "deepfm_scratch"
-CONTENTS = {"README.md", INFO, ROWS_INFO, "train", "val", "test", "vocabulary"}
+CONTENTS = {"README.md", INFO, ROWS_INFO, "train", "val", "test", "vocabulary", MARK}
+TRANSFERS = 8  # files that are uploaded or deleted at a time
 
 
 def _shard(name):
@@ -63,14 +73,23 @@ def output_lock(output):
 
 
 @contextlib.contextmanager
-def published_folder(output_dir, inputs, overwrite=False):
-    """Context manager: a hidden folder beside output_dir, renamed to output_dir on a normal exit, else removed.
+def published_folder(output_dir, inputs, overwrite=False, scratch_dir=None):
+    """Context manager: a hidden local folder, which becomes output_dir on a normal exit and is removed on any other.
 
-    Whatever ends the program, output_dir is either absent, the old dataset, or a complete new one. A folder that is no
-    dataset, or that holds one of the inputs, is never replaced.
+    Whatever ends the program, a local output_dir is either absent, the old dataset, or a complete new one; for URLs see
+    the head of this file. A folder that is no dataset, or that holds one of the inputs, is never replaced.
+    scratch_dir: folder for what is to be uploaded; default: the system's.
     """
-    output = Path(output_dir).resolve()  # a link stays, its target is replaced
-    _check_place(output_dir, output, [Path(path).resolve() for path in inputs])
+    output = as_place(output_dir).resolve()  # a link stays, its target is replaced
+    _check_place(output_dir, output, [as_place(path).resolve() for path in inputs])
+    with _uploaded(output, overwrite, scratch_dir) if isinstance(output, Remote) else \
+            _renamed(output_dir, output, overwrite) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _renamed(output_dir, output, overwrite):
+    """Context manager: a hidden folder beside a local output, which gets its name."""
     _make_parent("--output_dir", output_dir, output.parent)
     with output_lock(output):
         _remove_leftovers(output.parent, f".{output.name}.partial-", output)
@@ -97,6 +116,8 @@ def _replace(folder, output, old):
 def _check_place(output_dir, output, inputs):
     if any(output in [source, *source.parents] for source in inputs):
         raise UserError(f"--output_dir {output_dir} holds the input; choose another folder")
+    if isinstance(output, Remote):
+        return
     if output in [Path.cwd(), *Path.cwd().parents]:
         raise UserError(f"--output_dir {output_dir} holds the current folder; choose another folder")
     if os.path.ismount(output):
@@ -109,22 +130,62 @@ def _check_replaced(output_dir, output, overwrite):
         return
     if not output.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file, expected a folder; choose another name")
+    names = {child.name for child in output.iterdir()}
+    mark = next((name for name in (INFO, ROWS_INFO, MARK) if name in names), None)
     if not overwrite:
-        raise UserError(f"--output_dir {output_dir} exists already; choose another folder or add --overwrite")
-    names = set(os.listdir(output))
+        what = "holds what a run has left that did not end" if mark == MARK else "exists already"
+        raise UserError(f"--output_dir {output_dir} {what}; choose another folder or add --overwrite")
     if not names:
         return
-    mark = next((name for name in (INFO, ROWS_INFO) if name in names), None)
     if mark is None:
         raise UserError(f"--output_dir {output_dir} is no dataset: it holds {shorten(sorted(names))} and no "
                         f"{INFO}, so --overwrite does not replace it; choose another folder")
-    read_info(output, mark)
+    if mark != MARK:
+        read_info(output, mark)
     strange = sorted(name for name in names - CONTENTS if not _shard(name))
     for split in names & {"train", "val", "test"}:
-        strange += [f"{split}/{name}" for name in sorted(os.listdir(output / split)) if not name.endswith(".parquet")]
+        strange += sorted(f"{split}/{child.name}" for child in (output / split).iterdir()
+                          if not child.name.endswith(".parquet"))
     if strange:
         raise UserError(f"--output_dir {output_dir} holds {shorten(strange)} beside the dataset, so --overwrite does "
                         "not replace it; move that elsewhere, or choose another folder")
+
+
+@contextlib.contextmanager
+def _uploaded(output, overwrite, scratch_dir):
+    """Context manager: a local folder in scratch_dir, or the system's, that is uploaded."""
+    prefix = "deepfm-upload-"
+    _check_replaced(output, output, overwrite)
+    parent = local_folder(scratch_dir or tempfile.gettempdir())
+    if parent.is_dir():
+        _remove_leftovers(parent, prefix)
+    with marked_folder("--spark_tmp_dir", parent, parent, prefix) as partial:
+        folder = partial / "dataset"
+        folder.mkdir()
+        yield folder
+        _upload(folder, output)
+
+
+def _upload(folder, output):
+    """Make the URL `output` a copy of a local folder; see the head of this file."""
+    (output / MARK).write_bytes(b"A converter is writing here, or was ended while it wrote.\n")
+    old = {path for path in output.files() if path != output / MARK}
+    new = {output / path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    last = {output / name for name in (INFO, ROWS_INFO)}
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        for paths in (old & last, old - last):
+            list(pool.map(Remote.unlink, paths))
+        for paths in (new.keys() - last, new.keys() & last):
+            list(pool.map(lambda path: path.upload(new[path]), paths))
+    (output / MARK).unlink()
+
+
+def local_folder(scratch_dir):
+    """The folder for scratch files. Raises: UserError for a URL"""
+    folder = as_place(scratch_dir).resolve()
+    if isinstance(folder, Remote):
+        raise UserError(f"--spark_tmp_dir {scratch_dir} is a URL, expected a folder; scratch files are local")
+    return folder
 
 
 def _make_parent(option, value, parent):
@@ -162,7 +223,7 @@ def _umask():
 @contextlib.contextmanager
 def scratch_folder(spark_tmp_dir, folder):
     """Context manager: a fresh scratch folder in spark_tmp_dir (made if missing), or beside the unpublished dataset."""
-    parent = Path(spark_tmp_dir).resolve() if spark_tmp_dir else Path(folder).parent
+    parent = local_folder(spark_tmp_dir) if spark_tmp_dir else Path(folder).parent
     if spark_tmp_dir and parent.is_dir():
         _remove_leftovers(parent, "parquet-scratch-")
     with marked_folder("--spark_tmp_dir", spark_tmp_dir, parent, "parquet-scratch-") as scratch:
@@ -173,7 +234,7 @@ def _remove_leftovers(parent, prefix, output=None):
     """Remove what killed runs have left; a dataset that was about to be replaced gets its name back."""
     for name in sorted(os.listdir(parent)):
         folder = parent / name
-        if not name.startswith(prefix) or not (folder / MARK).is_file():
+        if not (name.startswith(prefix) and os.path.isfile(folder / MARK) and os.access(folder / MARK, os.W_OK)):
             continue
         with open(folder / MARK, "a") as mark:
             if not _locked(mark):

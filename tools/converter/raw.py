@@ -1,25 +1,24 @@
 """Raw files: finding them, cutting them into blocks of whole rows, and reading a block as a table.
 
 Two kinds: text (comma, tab or another separator; plain, gzip or zstd) and parquet. Which one a file is, its
-compression, separator and header are found by looking into it. Paths are never patterns.
+compression, separator and header are found by looking into it. Files may lie anywhere (see places.py); paths are never
+patterns.
 """
 
 import csv
 import gzip
 import io
-import os
 import re
 import stat
 import zlib
 from collections import namedtuple
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
+from tools.trainer.places import as_place, parquet_file
 
 BLOCK_BYTES = 8 << 20  # raw text parsed at a time, about 33,000 rows of Criteo
 BLOCK_ROWS = 1 << 15  # rows of a parquet file read at a time
@@ -47,26 +46,26 @@ label: name of the label column, or None; unlabelled: whether a file without hea
 # ------------------------------------------------------------------------------------------------------- finding files
 
 
-def natural_key(path):
+def natural_key(name):
     """Sorts part_10 after part_9."""
-    pieces = re.split(r"(\d+)", os.path.basename(path))
+    pieces = re.split(r"(\d+)", name)
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
 def list_files(path):
     """Data files of an input, in order: the file itself, or those in a folder. Raises: UserError"""
-    path = Path(path)
+    path = as_place(path)
     if not path.is_dir():
         check_file(path)
         return [path]
-    names = [entry.name for entry in os.scandir(path) if not entry.name.startswith((".", "_"))]  # _SUCCESS of Spark
-    strange = sorted(name for name in names if not name.lower().endswith(DATA_ENDINGS))
+    found = {file.name: file for file in path.iterdir() if not file.name.startswith((".", "_"))}  # _SUCCESS of Spark
+    strange = sorted(name for name in found if not name.lower().endswith(DATA_ENDINGS))
     if strange:
         raise UserError(f"{path} holds {shorten(strange)} beside data files ({', '.join(DATA_ENDINGS)}); move it "
                         "elsewhere, or give the files one by one")
-    if not names:
+    if not found:
         raise UserError(f"{path} has no data files in it; expected names that end in {', '.join(DATA_ENDINGS)}")
-    files = [path / name for name in sorted(names, key=natural_key)]
+    files = [found[name] for name in sorted(found, key=natural_key)]
     for file in files:
         check_file(file)
     return files
@@ -88,9 +87,9 @@ def check_file(path):
 
 def open_raw(path, form):
     """RawText or RawParquet of a file; form: RawFormat, which only text needs."""
-    path = Path(path)
+    path = as_place(path)
     check_file(path)
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(4)
     return RawParquet(path) if head == b"PAR1" else RawText(path, form)
 
@@ -110,7 +109,7 @@ class RawText:
     def __init__(self, path, form):
         self.path, self.quotes = path, form.quotes
         self.share_read = 0.0
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             head = file.read(4)
         self.packed = "gzip" if head[:2] == b"\x1f\x8b" else "zstd" if head == b"\x28\xb5\x2f\xfd" else None
         with self.open() as file, self._whole():
@@ -155,7 +154,7 @@ class RawText:
     @contextmanager
     def open(self):
         """The unpacked file, for reading; share_read follows it. Errors of the packing: see _whole."""
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             if self.packed == "gzip":
                 stream = gzip.GzipFile(fileobj=file)
             elif self.packed == "zstd":
@@ -220,7 +219,7 @@ class RawText:
 
     def piece(self, path, begin, end):
         """(offset, bytes) of the lines that begin in [begin, end) of an unpacked copy of the file, or of itself."""
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             if begin > self.start:
                 file.seek(begin - 1)
                 begin += self._rest_of_line(file, begin - 1) - 1
@@ -340,7 +339,7 @@ class RawParquet:
 
     def __init__(self, path):
         self.path = path
-        with self._readable(), pq.ParquetFile(path) as file:
+        with self._readable(), parquet_file(path) as file:
             schema = file.schema_arrow
             self.columns, self.num_rows = schema.names, file.metadata.num_rows
             self.types = dict(zip(schema.names, schema.types))
@@ -364,7 +363,7 @@ class RawParquet:
     def blocks(self, columns=None, groups=None):
         """Yield Blocks of the wanted columns; groups: numbers of the row groups to read, default all."""
         row = sum(self.groups[: groups[0]]) if groups else 0
-        with self._readable(), pq.ParquetFile(self.path) as file:
+        with self._readable(), parquet_file(self.path) as file:
             batches = file.iter_batches(BLOCK_ROWS, groups, columns)
             while True:
                 with self._readable():

@@ -404,7 +404,7 @@ def blocks_of(parts, place):
     """Yield (raw, Block, number of its first row, split) of a Place."""
     raw, path, split = parts[place.part]
     if raw.is_text:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             file.seek(place.begin)
             data = file.read(place.size)
         if not data.endswith(b"\n"):

@@ -141,7 +141,7 @@ def write_tokens(path, texts, numbers):
 def read_tokens(path, columns):
     """{column: Array} of such a file. Raises: UserError"""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             table = pq.read_table(pa.PythonFile(file), columns=columns)
         if table.column_names != columns:
             raise ValueError(f"it has the columns {', '.join(table.column_names)}, expected {', '.join(columns)}")

@@ -1,14 +1,12 @@
 """Rows on which an exported model is compared with the trainer: ids, and raw values that become these ids."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tools.serving.onnx_graph import steps_of
 from tools.trainer import checkpoints
 from tools.trainer.dataset import parquet_files
+from tools.trainer.places import as_place, parquet_file
 
 UNKNOWN = "\x7fnot in any vocabulary"
 
@@ -17,8 +15,8 @@ def rows_to_compare(predictor, data_dir, encoder, limit):
     """(ids int64 (n, C), Table of raw columns or None without an encoder, text on where they are from)"""
     model = predictor.model
     data_dir = data_dir or checkpoints.read_checkpoint(model.folder).get("data", {}).get("dir")
-    folder = os.path.join(data_dir or "", "val")
-    if data_dir and os.path.isdir(folder):
+    folder = as_place(data_dir) / "val" if data_dir else None
+    if folder is not None and folder.is_dir():
         ids = first_rows(folder, model.columns, limit)
         where = f"{len(ids)} rows of {folder}"
     else:
@@ -35,7 +33,7 @@ def rows_to_compare(predictor, data_dir, encoder, limit):
 def first_rows(folder, columns, limit):
     parts, rows = [], 0
     for path in parquet_files(folder):
-        for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+        for batch in parquet_file(path).iter_batches(columns=columns):
             parts.append(np.stack([batch.column(name).to_numpy() for name in columns], axis=1).astype(np.int64))
             rows += batch.num_rows
             if rows >= limit:

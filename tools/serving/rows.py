@@ -19,6 +19,7 @@ from tools.converter.rows import RowMaker
 from tools.converter.splits import ByFile
 from tools.trainer.checkpoints import ENCODER, find_folder
 from tools.trainer.cli import UserError, shorten
+from tools.trainer.places import as_place
 
 ANY_TEXT = RawFormat(None, True)  # enough to tell text from parquet
 
@@ -51,10 +52,11 @@ def open_rows(path, model, keep=(), unknown=None):
 
 def dataset_info_of(path):
     """dataset_info.json of the dataset that shards of ids belong to, or None where there is none with them."""
-    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-    for place, name in ((folder, ROWS_INFO), (folder, INFO), (os.path.dirname(os.path.abspath(folder)), INFO)):
-        if os.path.exists(os.path.join(place, name)):
-            return read_info(place, name)
+    path = as_place(path).absolute()
+    folder = path if path.is_dir() else path.parent
+    for there, name in ((folder, ROWS_INFO), (folder, INFO), (folder.parent, INFO)):
+        if (there / name).exists():
+            return read_info(there, name)
     return None
 
 

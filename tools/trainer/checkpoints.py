@@ -30,17 +30,8 @@ import numpy as np
 
 from tools.trainer import chunks
 from tools.trainer.cli import UserError, brief, could_be_given, first_line
-from tools.trainer.files import (
-    checksum,
-    count,
-    list_folder,
-    open_regular,
-    read_json,
-    remove,
-    rename_for_good,
-    sync,
-    write_json,
-)
+from tools.trainer.files import checksum, count, list_folder, read_json, remove, rename_for_good, sync, write_json
+from tools.trainer.places import as_place, copy, open_regular
 from tools.trainer.processes import all_agree, from_rank0, on_rank0, print_rank0, rank, sum_over_processes, world_size
 from tools.trainer.tables import OPTIMIZERS, TableStore
 
@@ -248,13 +239,13 @@ def keep_encoder(data_dir, save_dir):
     """
     target = os.path.join(save_dir, f".deepfm-{ENCODER}")
     remove(target)
-    path = os.path.join(data_dir, "dataset_info.json")
-    if not os.path.exists(path) or "fingerprint" not in (info := read_json(path, {}, "convert the data again")):
+    path = as_place(data_dir) / "dataset_info.json"
+    if not path.exists() or "fingerprint" not in (info := read_json(path, {}, "convert the data again")):
         return
     os.makedirs(os.path.join(target, "vocabulary"))
     files = [field["encoding"].get("vocabulary") for field in info["fields"]]
     for name in ["dataset_info.json", *filter(None, files)]:
-        shutil.copyfile(os.path.join(data_dir, name), os.path.join(target, name))
+        copy(as_place(data_dir) / name, os.path.join(target, name))
     sync(target)
 
 

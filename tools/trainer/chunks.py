@@ -17,7 +17,8 @@ import zlib
 import numpy as np
 
 from tools.trainer.cli import UserError
-from tools.trainer.files import checksum, list_folder, open_regular, remove, rename_for_good, sync, sync_entry
+from tools.trainer.files import checksum, list_folder, remove, rename_for_good, sync, sync_entry
+from tools.trainer.places import open_regular
 
 BLOCK_SIZE = 4096  # bytes; named everywhere, because OneFlow's defaults differ by version
 CHUNK_BYTES = 4 << 30  # of values, OneFlow's default

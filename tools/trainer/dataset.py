@@ -5,23 +5,22 @@
 
 A global id is the id within the field's table plus the sizes of the tables before it. A field of lists has several
 columns that share its table; the first id of the table stands for an absent element. Without dataset_info.json every
-column is a field but Label and those that --weight_column and --group_column name.
+column is a field but Label and those that --weight_column and --group_column name. DATA_DIR may be a URL (places.py).
 """
 
 import hashlib
 import json
 import keyword
-import os
-from urllib.parse import quote, unquote_to_bytes
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.files import checksum, count, list_folder, open_regular, read_json
+from tools.trainer.files import checksum, count, read_json
+from tools.trainer.places import as_name, as_place, is_url, of_name, open_regular, parquet_file
 
 LABEL = "Label"
 SPLITS = ("train", "val", "test")
@@ -39,40 +38,37 @@ INFO_SCHEMA = {  # of dataset_info.json; format 2 also says how raw values becom
 
 
 class QuotedPaths(FileSystem):
-    """The local file system for petastorm, which takes a path for a URL and does not unquote it."""
+    """All places as one file system for petastorm, which takes a path for a URL and does not unquote it."""
 
     pathsep = "/"
 
     def open(self, path, mode="rb"):
-        return open(unquoted(path), mode)  # noqa: SIM115 - petastorm closes it
+        return of_name(path).open(mode)
 
     def exists(self, path):
-        return os.path.exists(unquoted(path))
+        return of_name(path).exists()
 
     def isfile(self, path):
-        return os.path.isfile(unquoted(path))
+        return of_name(path).is_file()
 
     def isdir(self, path):
-        return os.path.isdir(unquoted(path))
-
-
-def unquoted(path):
-    return os.fsdecode(unquote_to_bytes(path))
+        return of_name(path).is_dir()
 
 
 class Split:
     """The parquet files of one split: where they are, how many rows every row group has, which columns.
 
-    Attributes: name, labelled (whether the labels are read), files (sorted), metadata (one per file), row_groups (row
-    counts, in reading order), num_rows, schemas (one per file), columns (names in file order), extras ({name of a part
-    of `metrics.Scores`: column that is read for it}, see `use_columns`), digests ({path: entry of dataset_info.json} of
-    files that are still to be compared with it).
+    Attributes: name, labelled (whether the labels are read), files (places, sorted), metadata (one per file),
+    row_groups (row counts, in reading order), num_rows, schemas (one per file), columns (names in file order), extras
+    ({name of a part of `metrics.Scores`: column that is read for it}, see `use_columns`), digests ({file: its entry of
+    dataset_info.json} of those that are still to be compared with it).
     """
 
     def __init__(self, folder, name, labelled=True):
         self.name, self.labelled, self.extras = name, labelled, {}
         self.files, self.digests = parquet_files(folder), {}
-        self.metadata = [read_metadata(path) for path in self.files]
+        with ThreadPoolExecutor(16) as pool:  # a store answers after a while
+            self.metadata = list(pool.map(read_metadata, self.files))
         self.row_groups = [m.row_group(i).num_rows for m in self.metadata for i in range(m.num_row_groups)]
         self.num_rows = sum(self.row_groups)
         if self.num_rows == 0:
@@ -88,7 +84,7 @@ class Split:
 
     def urls(self):
         """The files for petastorm, to be opened with `QuotedPaths`."""
-        return ["file://" + quote(os.fsencode(os.path.abspath(path))) for path in self.files]
+        return [as_name(path) for path in self.files]
 
     def check_files(self):
         """Before rows are read: raise a UserError when a file is not the one that was written with dataset_info.json.
@@ -127,7 +123,7 @@ class Split:
         found = hashlib.blake2b(digest_size=8)
         for path, metadata in zip(self.files, self.metadata):
             places = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 for i in range(metadata.num_row_groups):
                     group = metadata.row_group(i)
                     found.update(json.dumps(["rows", group.num_rows]).encode())
@@ -143,17 +139,18 @@ class Split:
 
 
 def parquet_files(folder):
-    """Paths of the *.parquet files in a folder, in order of their names.
+    """The *.parquet files in a folder (a path or a place), in order of their names: list of places.
 
     Raises: UserError when there is none, or one of that name is no file.
     """
-    names = [name for name in sorted(list_folder(folder)) if name.endswith(".parquet") and name[0] not in "._"]
-    paths = [os.path.join(folder, name) for name in names]
+    folder = as_place(folder)
+    found = {path.name: path for path in (folder.iterdir() if folder.is_dir() else ())}
+    paths = [found[name] for name in sorted(found) if name.endswith(".parquet") and name[0] not in "._"]
     for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'not a regular file'}, expected a "
+        if not path.is_file():
+            raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a "
                             f"parquet file; put the files that Spark wrote into such a folder directly into {folder}")
-    if not names:
+    if not paths:
         raise UserError(f"no *.parquet files in {folder}; run tools/criteo_parquet.py or tools/h5_to_parquet.py, "
                         "or check --data_dir")
     return paths
@@ -161,20 +158,19 @@ def parquet_files(folder):
 
 def digest_of(path):
     """A file's entry under "files" of dataset_info.json."""
-    return {"bytes": os.path.getsize(path), "crc32": checksum(path)}
+    return {"bytes": as_place(path).stat().st_size, "crc32": checksum(path)}
 
 
 def digests_of(data_dir):
     """The entry "files" of dataset_info.json."""
-    paths = {f"{split}/{os.path.basename(path)}": path for split in SPLITS
-             for path in parquet_files(os.path.join(data_dir, split))}
+    paths = {f"{split}/{path.name}": path for split in SPLITS for path in parquet_files(as_place(data_dir) / split)}
     return {name: digest_of(path) for name, path in paths.items()}
 
 
 def read_metadata(path):
     try:
-        with open_regular(path) as file:  # Arrow takes no path with bytes that are not UTF-8
-            return pq.read_metadata(file)
+        with parquet_file(path) as file:
+            return file.metadata
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({first_line(error)}); "
                         "it may be truncated: convert or copy it again") from None
@@ -185,8 +181,10 @@ class Dataset:
 
     Attributes: splits {name: Split}, fields (names), table_sizes (rows per field), offsets int64 (F+1): field f owns
     the ids [offsets[f], offsets[f + 1]); columns: names of the C columns of ids, by field; field_of: number of each
-    column's field; fingerprint of the encoding, or None where it is not known.
+    column's field; fingerprint of the encoding, or None where it is not known; folder: absolute path or URL, or None.
     """
+
+    folder = None
 
     def __init__(self, splits, fields, table_sizes, lists=None, fingerprint=None):
         """lists: {field: its columns} of the fields of lists."""
@@ -230,10 +228,11 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
     compared with dataset_info.json before their rows are read.
     Raises: UserError with one line for what cannot be trained on.
     """
-    if not os.path.isdir(data_dir):
+    data_dir = as_place(data_dir)
+    if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is not a folder; it should hold train/, val/ and test/")
     info = read_dataset_info(data_dir)
-    splits = {name: Split(os.path.join(data_dir, name), name) for name in SPLITS}
+    splits = {name: Split(data_dir / name, name) for name in SPLITS}
     fields, lists = find_fields(info, splits, data_dir, {weight_column, group_column})
     table_sizes = agreed(table_sizes, info.get("table_sizes"), "--table_size_array")
     if len(table_sizes) != len(fields):
@@ -247,6 +246,7 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
     if info.get("files"):
         add_digests(splits, info["files"], data_dir, checksums)
     dataset = Dataset(splits, fields, table_sizes, lists, info.get("fingerprint"))
+    dataset.folder = str(data_dir.absolute())
     for split in splits.values():
         check_columns(dataset, split)
         use_columns(dataset, split, weight_column, group_column)
@@ -255,14 +255,14 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
 
 def add_digests(splits, known, data_dir, checksums):
     """Raise a UserError unless the files of the splits are those of dataset_info.json."""
-    found = {f"{name}/{os.path.basename(path)}": (split, path)
+    found = {f"{name}/{path.name}": (split, path)
              for name, split in splits.items() for path in split.files}
     if set(found) != set(known):
         different = shorten(sorted(set(found) ^ set(known)))
         raise UserError(f"{data_dir} and its dataset_info.json do not have the same files, different: {different}; "
                         "copy or convert the data again")
     for name, (split, path) in found.items():
-        if checksums:
+        if checksums and not is_url(path):  # stores have checksums of their own
             split.digests[path] = known[name]
 
 
@@ -274,8 +274,8 @@ def read_dataset_info(data_dir):
 
     Raises: UserError when the file is not what a converter writes.
     """
-    path, advice = os.path.join(data_dir, "dataset_info.json"), "convert the data again"
-    if not os.path.exists(path):
+    path, advice = as_place(data_dir) / "dataset_info.json", "convert the data again"
+    if not path.exists():
         return {}
     info = read_json(path, INFO_SCHEMA, advice)
     names, sizes = ([field[key] for field in info["fields"]] for key in ("name", "table_size"))
@@ -412,7 +412,7 @@ def check_weights(split, column):
     """Read all weights of a split, before hours of training rely on them. Raises: UserError"""
     totals = np.zeros(2)  # of the labels 0 and 1
     for path in split.files:
-        for rows in pq.ParquetFile(path).iter_batches(1 << 20, columns=[column, LABEL]):
+        for rows in parquet_file(path).iter_batches(1 << 20, columns=[column, LABEL]):
             weights = rows.column(column).to_numpy(zero_copy_only=False).astype(np.float32)
             wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
             if len(wrong):

@@ -1,6 +1,5 @@
 """Files that survive a kill or a power cut, are checked when they are read back, and belong to one run at a time."""
 
-import errno
 import fcntl
 import json
 import os
@@ -9,6 +8,7 @@ import stat
 import zlib
 
 from tools.trainer.cli import UserError, brief, first_line
+from tools.trainer.places import open_regular
 
 READ_BYTES = 1 << 22
 UNFINISHED = set()  # paths of files that are removed if a signal ends the process
@@ -67,17 +67,8 @@ def rename_for_good(staging, final):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_regular(path):
-    """Open a file to read bytes. Raises: OSError, also for a pipe or a device, which could keep its reader waiting."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 - for the caller to close
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return file
-
-
 def read_json(path, schema, advice):
-    """The content of a JSON file that fits a schema, see `check_json`.
+    """The content of a JSON file (a path or a place) that fits a schema, see `check_json`.
 
     Raises: UserError "PATH is ...; ADVICE" when it cannot be read or does not fit.
     """
@@ -150,7 +141,7 @@ def checksum(path, size=None, start=0, value=0):
     Raises: EOFError when the file is shorter.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size if size is None else size
+        size = file.seek(0, os.SEEK_END) if size is None else size
         file.seek(start)
         while start < size:
             data = file.read(min(READ_BYTES, size - start))

@@ -17,7 +17,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from tools.trainer.cli import UserError
-from tools.trainer.files import check_json, count, list_folder, open_regular
+from tools.trainer.files import check_json, count, list_folder
+from tools.trainer.places import open_regular
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import print_rank0, rank, world_size
 from tools.trainer.startup import BLAS, flow

@@ -71,6 +71,7 @@ def as_name(path):
     return "file:///" + quote(os.fsencode(str(as_place(path).absolute())), safe="")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def of_name(path):
     """The place of the path of such a URL."""
     return as_place(os.fsdecode(unquote_to_bytes(path.lstrip("/"))))
@@ -103,7 +104,7 @@ def open_store(root, process):
 class Remote:
     """A file or folder of a store; methods are those of pathlib.Path. Raises: UserError, see `told`.
 
-    known: what a listing of the parent said of it, so that it need not be asked for.
+    known: what a listing of its folder said of it. What the store once said is not asked for again.
     """
 
     def __init__(self, url, known=None):
@@ -150,7 +151,7 @@ class Remote:
         if self.known is None:
             with told(self.url):
                 files, path = self.store()
-                return files.info(path)
+                self.known = files.info(path)
         return self.known
 
     def stat(self):

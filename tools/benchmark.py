@@ -9,6 +9,7 @@
     python tools/benchmark.py scale --save_rows 10000000
     python tools/benchmark.py serve --peer /path/to/python/with/torch
     python tools/benchmark.py convert --num_rows 500000 --peer /path/to/python/with/fuxictr
+    python tools/benchmark.py convert --num_rows 500000,2000000 --engine spark
     python tools/benchmark.py accuracy --data data/mine --seeds 1,2,3 --peer /path/to/python/with/fuxictr
 
 prints a table, one line per job, of medians over --repeats runs; the jobs take turns, so that a slow spell of the
@@ -28,11 +29,13 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
+import benchmark_conversion
 import benchmark_serving
-from benchmark_workers import make_dataset, make_h5, make_raw, output_lines, save_batches
+from benchmark_workers import make_dataset, output_lines, save_batches
 
 from tools.trainer import cli
 from tools.trainer.cli import Parser, UserError, int_list, number
@@ -85,23 +88,26 @@ def apart(function, *args):
         return pool.submit(function, *args).result()
 
 
-def run_measured(command, **options):
+def run_measured(command, watch=None, **options):
     """Run a command that prints {"seconds": ...} as its last line; returns that dict with process_seconds and peak_mb.
 
     process_seconds is the whole process with its start and imports, peak_mb the largest resident size of the process
-    or of one of its children. Raises UserError with the command's messages when it fails.
+    or of one of its children, unless `watch`, a context manager of the process's number, has measured() it otherwise.
+    Raises UserError with the command's messages when it fails.
     """
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
-        _, status, usage = os.wait4(process.pid, 0)
+        with watch(process.pid) if watch else nullcontext() as watched:
+            _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = status
         output.seek(0)
         lines = output.read().splitlines()
     if status != 0:
         raise UserError(f"{' '.join(map(str, command[:1]))} failed:\n" + "\n".join(lines[-15:]))
-    return {**json.loads(lines[-1]), "process_seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
+    return {**json.loads(lines[-1]), "process_seconds": seconds, "peak_mb": usage.ru_maxrss / 1024,
+            **(watched.measured() if watch else {})}
 
 
 def add_shared_options(parser):
@@ -112,93 +118,16 @@ def add_shared_options(parser):
 
 # -------------------------------------------------------------------------------------------------------------- convert
 
-# Both are timed alike: from the call that starts the conversion to its end, without starting Python and importing.
-CONVERTER_SCRIPT = """
-import importlib, json, sys, time
-sys.path.insert(0, sys.argv[1])
-tool = importlib.import_module(sys.argv[2])
-start = time.perf_counter()
-code = tool.main(sys.argv[3:])
-print(json.dumps({"seconds": time.perf_counter() - start}))
-sys.exit(code)
-"""
-
-# FuxiCTR's own feature processing of Criteo_x4; two names that FuxiCTR 2.3 uses are gone from newer polars.
-FUXICTR_SCRIPT = """
-import json, logging, sys, time
-import polars
-if not hasattr(polars.Expr, "apply"):
-    polars.Expr.apply = lambda self, function: self.map_elements(function, return_dtype=polars.Int64)
-    scan_csv = polars.scan_csv
-    polars.scan_csv = lambda dtypes, **options: scan_csv(schema_overrides=dtypes, **options)
-from fuxictr.datasets.criteo import CustomizedFeatureProcessor
-from fuxictr.preprocess import build_dataset
-
-def main(folder, data_root, min_count):
-    columns = [
-        {"name": [f"I{i}" for i in range(1, 14)], "active": True, "dtype": "float", "type": "categorical",
-         "preprocess": "convert_to_bucket", "fill_na": 0},
-        {"name": [f"C{i}" for i in range(1, 27)], "active": True, "dtype": "str", "type": "categorical"},
-    ]
-    start = time.perf_counter()
-    processor = CustomizedFeatureProcessor(feature_cols=columns, label_col={"name": "Label", "dtype": "float"},
-                                           dataset_id="fuxictr", data_root=data_root)
-    build_dataset(processor, train_data=f"{folder}/train.csv", valid_data=f"{folder}/valid.csv",
-                  test_data=f"{folder}/test.csv", min_categr_count=int(min_count), data_block_size=0)
-    print(json.dumps({"seconds": time.perf_counter() - start}))
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-"""
-
-
-def convert_jobs(work, num_rows, args):
-    """The jobs of one number of rows: {(tool, rows): function}."""
-    folder = work / f"raw-{num_rows}"
-    folder.mkdir()
-    apart(make_raw, folder, num_rows)
-    dataset, h5 = work / f"dataset-{num_rows}", work / f"h5-{num_rows}"
-
-    def run_tool(name, input_dir, output_dir):
-        return run_measured([
-            sys.executable, "-c", CONVERTER_SCRIPT, TOOLS, name, "--input_dir", input_dir, "--output_dir", output_dir,
-            "--overwrite", "--spark_tmp_dir", work / "tmp", "--memory_gb", str(args.memory_gb),
-        ])  # fmt: skip
-
-    def run_h5():
-        if not h5.exists():
-            apart(make_h5, dataset, h5)
-        return run_tool("h5_to_parquet", h5, work / f"from-h5-{num_rows}")
-
-    def run_fuxictr():
-        with tempfile.TemporaryDirectory(dir=work) as data_root:
-            return run_measured([args.peer, "-c", FUXICTR_SCRIPT, folder, data_root, "10"])
-
-    jobs = {("criteo_parquet.py", num_rows): lambda: run_tool("criteo_parquet", folder, dataset)}
-    jobs["h5_to_parquet.py", num_rows] = run_h5
-    if args.peer:
-        jobs["FuxiCTR", num_rows] = run_fuxictr
-    return jobs
-
-
 def convert(args):
-    """Rows per second and peak memory of the converters, and of FuxiCTR on the same files when --peer is given."""
+    """Speed and memory of the converters, of another version of them, of Spark and of FuxiCTR, on one input."""
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
         jobs = {}
         for num_rows in args.num_rows:
-            jobs.update(convert_jobs(Path(work), num_rows, args))
+            jobs.update(benchmark_conversion.jobs_of(Path(work), num_rows, args, run_measured, apart))
         results = take_turns(jobs, args.repeats)
-    seconds = {job: median(runs, "seconds") for job, runs in results.items()}
-    rows = []
-    for (tool, num_rows), runs in results.items():
-        peer = seconds.get(("FuxiCTR", num_rows))
-        rows.append([
-            tool, num_rows, f"{seconds[tool, num_rows]:.2f}", f"{num_rows / seconds[tool, num_rows]:.0f}",
-            f"{median(runs, 'process_seconds'):.2f}", f"{median(runs, 'peak_mb'):.0f}",
-            f"{peer / seconds[tool, num_rows]:.1f}" if peer else "",
-        ])  # fmt: skip
-    print_table(["job", "rows", "s", "rows/s", "s with imports", "peak MB", "times FuxiCTR"], rows)
-    write_json(args.json, [{"job": tool, "rows": num, "runs": runs} for (tool, num), runs in results.items()])
+    print_table(benchmark_conversion.HEADS, benchmark_conversion.table_of(results))
+    print(*benchmark_conversion.estimates_of(results), sep="\n")
+    write_json(args.json, [{"job": name, "rows": num, "runs": runs} for (name, num), runs in results.items()])
 
 
 # -------------------------------------------------------------------------------------- training runs on synthetic data
@@ -772,6 +701,10 @@ def parse_args(argv=None):
     command = add_command(convert, "convert", "the converters")
     command.add_argument("--num_rows", type=int_list, default=[500_000], help="raw rows; several are measured in turns")
     command.add_argument("--memory_gb", type=float, default=1, help="--memory_gb of the converters")
+    command.add_argument("--engine", choices=("arrow", "spark"), default="arrow",
+                         help="spark: criteo_parquet.py on Spark beside arrow; arrow: all converters")
+    command.add_argument("--spark_cores", type=int_list, default=[1, 2], help="cores of Spark's workers, N,N,...")
+    command.add_argument("--against", help="folder tools/ of another version, whose criteo_parquet.py is measured too")
     command.add_argument("--peer", help="a Python that has fuxictr 2.3, to be measured on the same files")
     add_shared_options(command)
 

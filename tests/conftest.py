@@ -42,7 +42,7 @@ def make_dataset(folder, rows=(403, 101, 97), table_sizes=TABLE_SIZES, row_group
                  digests=False):
     """A dataset as design.md says. The label follows the parity-like interaction of the first two fields."""
     rng = np.random.default_rng(seed)
-    from tools.trainer.dataset import digests_of
+    from tools.trainer.dataset_info import digests_of
 
     offsets = np.concatenate([[0], np.cumsum(table_sizes)[:-1]])
     for name, count in zip(("train", "val", "test"), rows):

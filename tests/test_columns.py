@@ -14,7 +14,7 @@ import deepfm_train_eval as trainer_module
 from deepfm_train_eval import compute_metrics, read_dataset, read_rows
 from tools.trainer import batches as batching
 from tools.trainer.cli import UserError
-from tools.trainer.dataset import group_numbers
+from tools.trainer.dataset import Split, group_numbers
 from tools.trainer.metrics import Scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # petastorm uses pyarrow's old interfaces
@@ -96,7 +96,7 @@ def test_groups_of_any_type_that_petastorm_reads(weighted_dataset_dir, tmp_path,
     folder.mkdir()
     values = [str(n) for n in numbers] if pa.types.is_string(kind) else numbers
     pq.write_table(rows.append_column("user", pa.array(values, kind)), folder / "part.parquet", row_group_size=51)
-    split = trainer_module.Split(str(folder), "val")
+    split = Split(str(folder), "val")
     split.extras = {"groups": "user"}
     groups = np.concatenate([block[2] for block in read_rows(dataset, split)])
     assert pd.crosstab(expected, groups).astype(bool).sum().eq(1).all() and len(set(groups)) == len(set(expected))

@@ -217,7 +217,7 @@ def two_columns_of_one_name(folder):
 
 NOT_READ = [
     (lambda folder: (folder / "test" / "part-00000.parquet").unlink(), "no *.parquet files in"),
-    (lambda folder: os.rename(folder / "val", folder / "valid"), "val; run tools/criteo_parquet.py"),
+    (lambda folder: os.rename(folder / "val", folder / "valid"), "val; convert data with tools/table_to_parquet.py"),
     (truncate, "is not a readable parquet file"),
     (rewrite("train", lambda table: table.drop(columns="Label")), "lacks the column Label (1)"),
     (rewrite("train", lambda table: table[["Label"]]), "lacks the columns f0, f1, f2 (3)"),

@@ -66,7 +66,7 @@ def test_warm_up_of_a_run_that_starts_from_a_checkpoint(shared_dataset_dir, tmp_
     for ids, labels in batches[:5]:
         first.train_step(batch_of(first.dataset, ids, labels))
         reference.train(ids, labels)
-    prepare_new_run(first.checkpointer.save_dir, first.checkpointer.stores)
+    prepare_new_run(first.checkpointer.save_dir, first.checkpointer.stores, str(shared_dataset_dir))
     first.checkpointer.save(first, ["end"])
     args = trainer_module.parse_args([*first_options(first), *options])
     second, _ = trainer_module.start_trainer(args, first.dataset, f"{first.checkpointer.save_dir}/end")
@@ -136,7 +136,7 @@ def test_adagrads_checkpoint(shared_dataset_dir, tmp_path):
     for batch in batches[:5]:
         trainer.train_step(batch)
     saver = trainer.checkpointer
-    prepare_new_run(saver.save_dir, saver.stores)
+    prepare_new_run(saver.save_dir, saver.stores, str(shared_dataset_dir))
     saver.save(trainer, ["five"])
     folder = f"{saver.save_dir}/five"
     state = json.loads((tmp_path / "t" / ".deepfm-best" / "five" / "state.json").read_text())
@@ -169,7 +169,7 @@ def test_adagrads_checkpoint(shared_dataset_dir, tmp_path):
 def test_rows_of_another_optimizer_are_refused(shared_dataset_dir, tmp_path):
     trainer = make_trainer(shared_dataset_dir, tmp_path, "--optimizer", "adagrad")
     saver = trainer.checkpointer
-    prepare_new_run(saver.save_dir, saver.stores)
+    prepare_new_run(saver.save_dir, saver.stores, str(shared_dataset_dir))
     saver.save(trainer, ["start"])
     [store, _] = trainer_module.make_tables(trainer_module.parse_args(first_options(trainer)), trainer.dataset.num_ids)
     with pytest.raises(UserError, match="rows of 8 floats, expected 3 x 4; check --embedding_vec_size, --optimizer"):

@@ -52,8 +52,8 @@ from tools.converter.encoders import Bucket, Category, Modulus
 from tools.converter.raw import RawFormat, natural_key, open_raw
 from tools.converter.rows import RowMaker
 from tools.converter.source import Source
-from tools.converter.writer import LABEL
 from tools.trainer.cli import LARGEST, UserError, number, shorten
+from tools.trainer.dataset_info import LABEL
 from tools.trainer.places import as_place
 
 INTEGER_FIELDS = [f"I{i}" for i in range(1, 14)]

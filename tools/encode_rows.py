@@ -30,8 +30,8 @@ from tools.converter import convert, growth, info, publish, splits
 from tools.converter.encoders import Encoder
 from tools.converter.rows import RowMaker
 from tools.converter.source import Source, open_files
-from tools.converter.writer import LABEL
 from tools.trainer.cli import UserError, name_list
+from tools.trainer.dataset_info import LABEL
 
 
 def open_source(engine, args, encoder, wanted):

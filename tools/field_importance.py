@@ -47,7 +47,8 @@ from tqdm import tqdm
 from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
-from tools.trainer.dataset import LABEL, Dataset, Split
+from tools.trainer.dataset import Dataset, Split
+from tools.trainer.dataset_info import LABEL
 from tools.trainer.places import as_place
 from tools.trainer.startup import prepare_run
 

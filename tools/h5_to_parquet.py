@@ -63,8 +63,9 @@ from tools.converter.progress import Progress
 from tools.converter.raw import natural_key
 from tools.converter.spool import RowLayout, RowSpool
 from tools.converter.vocabulary import Vocabulary, keys_of_texts
-from tools.converter.writer import LABEL, SplitWriter, rows_digest
+from tools.converter.writer import SplitWriter, rows_digest
 from tools.trainer.cli import UserError, brief, first_line, name_list, shorten
+from tools.trainer.dataset_info import LABEL, digests_of
 from tools.trainer.files import count, read_json
 from tools.trainer.places import is_url
 
@@ -595,7 +596,7 @@ def convert_data(args):
         content = info.dataset_info(
             encoder.fields, {split: rows for split, (rows, _) in done.items()}, raw,
             {"tool": "tools/h5_to_parquet.py", "options": options, "encoding": f"FuxiCTR {version}"},
-            digests={split: digest for split, (_, digest) in done.items()})
+            digests={split: digest for split, (_, digest) in done.items()}, files=digests_of(folder))
         info.write_info(folder, content, show=args.export_dataset_info)
 
 

@@ -46,10 +46,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from tools.converter.encoders import Encoder, read_info
+from tools.converter.encoders import Encoder
 from tools.converter.names import is_readable
 from tools.trainer.cli import UserError, first_line, int_list, shorten
-from tools.trainer.dataset import LABEL, SPLITS, columns_of_fields, parquet_files, read_dataset_info
+from tools.trainer.dataset import columns_of_fields, read_dataset_info
+from tools.trainer.dataset_info import LABEL, SPLITS, parquet_files, read_info
 from tools.trainer.places import as_place, parquet_file
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory

@@ -212,7 +212,7 @@ install_group() { # group
       return ;;
     spark) what="PySpark, 317 MB" ;;
     onnx) what="onnx and onnxruntime, 36 MB" ;;
-    tests) what="pytest and ruff, 11 MB" ;;
+    tests) what="pytest, ruff and an S3 server, 43 MB" ;;
   esac
   requirements "$1" >"$more"
   install "$what" pip_install -c "$list" -r "$more"

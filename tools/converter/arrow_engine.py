@@ -10,10 +10,10 @@ import pyarrow as pa
 from tools.converter import raw as raw_files
 from tools.converter.progress import Progress
 from tools.converter.source import count_rows
-from tools.converter.splits import SPLITS
 from tools.converter.spool import RowSpool
 from tools.converter.vocabulary import TokenCounter
 from tools.converter.writer import SplitWriter, rows_digest
+from tools.trainer.dataset_info import SPLITS
 
 BLOCK_MEMORY = 5  # memory that parsing a block takes, in blocks
 

@@ -10,8 +10,8 @@ from tools.converter import arrow_engine, info, publish, spark_engine
 from tools.converter.encoders import LARGEST_TABLE, vocabulary_file
 from tools.converter.raw import RawFormat
 from tools.converter.rows import RowMaker
-from tools.converter.splits import SPLITS
 from tools.trainer.cli import LARGEST, UserError, number
+from tools.trainer.dataset_info import SPLITS, digests_of
 from tools.trainer.places import is_url
 
 GIGABYTE = 10**9
@@ -98,7 +98,7 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
         num_rows, digests = engine.convert(Job(source, maker, folder, scratch, args, base))
         raw, made = describe(source)
         content = info.dataset_info(fields, num_rows, raw, made, list(carried), digests,
-                                    info.grown(base.info) if base is not None else ())
+                                    info.grown(base.info) if base is not None else (), digests_of(folder))
         info.write_info(folder, content, show=args.export_dataset_info)
     rows = ", ".join(f"{num_rows[split]} {split}" for split in SPLITS)
     ids = sum(field.table_size for field in fields)

@@ -34,13 +34,12 @@ from tools.converter.vocabulary import (
     write_tokens,
 )
 from tools.trainer.cli import UserError, brief, first_line
-from tools.trainer.files import count, read_json
+from tools.trainer.dataset_info import ADVICE, INFO, read_info
 from tools.trainer.places import as_place
 
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
 LARGEST_TABLE = (1 << 31) - 1
-INFO, ROWS_INFO = "dataset_info.json", "_dataset_info.json"  # of a dataset; of rows that encode_rows.py made
 
 
 class Field:
@@ -699,22 +698,5 @@ def fingerprint(fields):
     return hashlib.sha256("\n".join(f"{field.name} {field.digest()}" for field in fields).encode()).hexdigest()
 
 
-ADVICE = "convert the data again"
-INFO_SCHEMA = {  # what all versions have
-    "format_version?": lambda version: version in (1, 2),
-    "fields": [{"name": str, "table_size": lambda size: count(size) and 0 < size <= LARGEST_TABLE, "offset": count}]}
-
-
 def not_a_dataset(path, error):
     return UserError(f"{path} cannot be used ({type(error).__name__}: {first_line(error)}); {ADVICE}")
-
-
-def read_info(folder, name=INFO):
-    """Contents of dataset_info.json, checked as far as all versions go. Raises: UserError"""
-    path = as_place(folder) / name
-    if not path.exists():
-        raise UserError(f"no {name} in {folder}; give a folder that a converter made")
-    info = read_json(path, INFO_SCHEMA, ADVICE)
-    if not info["fields"]:
-        raise UserError(f"{path} has no fields; {ADVICE}")
-    return info

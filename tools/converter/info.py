@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.converter.encoders import INFO, ROWS_INFO, fingerprint
-from tools.converter.writer import LABEL
+from tools.converter.encoders import fingerprint
 from tools.trainer.cli import UserError
+from tools.trainer.dataset_info import INFO, LABEL, ROWS_INFO
 
 FORMAT_VERSION = 2
 
@@ -25,11 +25,12 @@ def fields_info(fields):
     return entries
 
 
-def dataset_info(fields, num_samples, raw, source, carried=(), digests=None, grown_from=()):
+def dataset_info(fields, num_samples, raw, source, carried=(), digests=None, grown_from=(), files=None):
     """Contents of dataset_info.json.
 
     Args: fields: Fields; num_samples: {split: rows}; raw: how raw rows look; source: {"tool", "options", "encoding"};
-    carried: columns that are not fields; digests: {split: digest of its rows}; grown_from: see `grown`.
+    carried: columns that are not fields; digests: {split: digest of its rows}; grown_from: see `grown`; files: see
+    `digests_of`.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -38,6 +39,7 @@ def dataset_info(fields, num_samples, raw, source, carried=(), digests=None, gro
         "carried": list(carried),
         "fingerprint": fingerprint(fields),
         "digests": digests or {},
+        "files": files or {},
         "grown_from": list(grown_from),
         "source": source,
         "raw": raw,
@@ -98,6 +100,7 @@ def write_info(folder, info, show=False):
 def rows_info(info, num_samples, digests, label, carried, source, unknown=None):
     """Contents of _dataset_info.json of rows that were encoded as a dataset is: its own, with what is theirs."""
     source = {**source, "encoding": info["source"]["encoding"]}
+    info = {key: value for key, value in info.items() if key != "files"}
     return {**info, "label": label, "num_samples": num_samples, "digests": digests, "carried": list(carried),
             "unknown": unknown or {}, "source": source}
 

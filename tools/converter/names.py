@@ -3,8 +3,8 @@
 import keyword
 import re
 
-from tools.converter.writer import LABEL
 from tools.trainer.cli import UserError
+from tools.trainer.dataset_info import LABEL
 
 
 def is_readable(name):

@@ -22,12 +22,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.converter.encoders import INFO, ROWS_INFO, read_info
 from tools.trainer.cli import NO_SPACE, UserError, shorten
+from tools.trainer.dataset_info import INFO, ROWS_INFO, SPLITS, read_info
 from tools.trainer.places import Remote, as_place
 
 MARK = "deepfm_scratch"
-CONTENTS = {"README.md", INFO, ROWS_INFO, "train", "val", "test", "vocabulary", MARK}
+CONTENTS = {"README.md", INFO, ROWS_INFO, *SPLITS, "vocabulary", MARK}
 TRANSFERS = 8  # files that are uploaded or deleted at a time
 
 
@@ -143,7 +143,7 @@ def _check_replaced(output_dir, output, overwrite):
     if mark != MARK:
         read_info(output, mark)
     strange = sorted(name for name in names - CONTENTS if not _shard(name))
-    for split in names & {"train", "val", "test"}:
+    for split in names & set(SPLITS):
         strange += sorted(f"{split}/{child.name}" for child in (output / split).iterdir()
                           if not child.name.endswith(".parquet"))
     if strange:

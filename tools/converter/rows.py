@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from tools.converter.encoders import MAX_INTEGER, MIN_INTEGER, WHOLE_NUMBER
-from tools.converter.splits import SPLITS, TRAIN
+from tools.converter.splits import TRAIN
 from tools.converter.spool import RowLayout, shares_of, shuffle_keys
 from tools.converter.values import LABELS, BadValue, as_labels, is_number
+from tools.trainer.dataset_info import SPLITS
 
 SAMPLE_ROWS = 1 << 18  # rows of which quantiles are taken
 SAMPLE_SEED = 7  # any number; not the user's, so that borders do not depend on the order of the train rows

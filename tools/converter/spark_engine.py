@@ -27,11 +27,12 @@ from tools.converter import raw as raw_files
 from tools.converter.progress import Progress
 from tools.converter.raw import Block
 from tools.converter.source import first_characters
-from tools.converter.splits import SPLITS, TRAIN, ByFile, ByFold
+from tools.converter.splits import TRAIN, ByFile, ByFold
 from tools.converter.spool import shuffle_keys
 from tools.converter.vocabulary import NO_TEXTS, RARE_TOKENS, is_long, text_order, texts_of
 from tools.converter.writer import SplitWriter, plan_files, rows_digest
 from tools.trainer.cli import UserError, first_line
+from tools.trainer.dataset_info import SPLITS
 
 MAX_TASKS = 20_000  # of a stage
 BLOCKS_PER_PARTITION = 16  # of what is sorted or added up: about 128 MB of raw text

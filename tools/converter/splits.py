@@ -13,7 +13,6 @@ from tools.converter.spool import shares_of, shuffle_keys
 from tools.converter.values import BadValue, as_numbers, as_text, is_text, one_array
 from tools.converter.vocabulary import string_keys
 
-SPLITS = ["train", "val", "test"]
 TRAIN = 0
 
 NUM_FOLDS = 10

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tools.trainer.cli import UserError
+from tools.trainer.dataset_info import LABEL
 
-LABEL = "Label"
 LANES = 8  # the trainer deals row group i to lane i % 8, so a split has a multiple of 8 row groups
 MAX_GROUP_ROWS = 50_000
 GROUPS_PER_FILE = 16  # 800,000 rows, some 50-100 MB

@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from tools.serving.onnx_graph import steps_of
 from tools.trainer import checkpoints
-from tools.trainer.dataset import parquet_files
+from tools.trainer.dataset_info import parquet_files
 from tools.trainer.places import as_place, parquet_file
 
 UNKNOWN = "\x7fnot in any vocabulary"

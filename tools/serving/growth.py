@@ -4,10 +4,11 @@ import os
 
 import numpy as np
 
-from tools.converter.encoders import Encoder, read_info
+from tools.converter.encoders import Encoder
 from tools.converter.info import check_growth, row_map
 from tools.trainer.checkpoints import ENCODER, find_folder
 from tools.trainer.cli import UserError
+from tools.trainer.dataset_info import read_info
 from tools.trainer.tables import Growth
 
 

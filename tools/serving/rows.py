@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.types as kinds
 
 from tools.converter.convert import format_of
-from tools.converter.encoders import INFO, ROWS_INFO, Encoder, read_info
+from tools.converter.encoders import Encoder
 from tools.converter.info import row_map
 from tools.converter.raw import RawFormat, list_files, open_raw
 from tools.converter.rows import RowMaker
 from tools.converter.splits import ByFile
 from tools.trainer.checkpoints import ENCODER, find_folder
 from tools.trainer.cli import UserError, shorten
+from tools.trainer.dataset_info import INFO, ROWS_INFO, read_info
 from tools.trainer.places import as_place
 
 ANY_TEXT = RawFormat(None, True)  # enough to tell text from parquet

@@ -19,22 +19,8 @@ import pyarrow as pa
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.files import checksum, count, read_json
+from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, digest_of, parquet_files, read_info
 from tools.trainer.places import as_name, as_place, is_url, of_name, open_regular, parquet_file
-
-LABEL = "Label"
-SPLITS = ("train", "val", "test")
-
-
-def size(value):
-    """A schema: a number of rows that can be meant."""
-    return count(value) and 0 < value <= 2**40
-
-
-INFO_SCHEMA = {  # of dataset_info.json; format 2 also says how raw values become ids
-    "format_version?": lambda version: version in (1, 2), "num_samples": dict.fromkeys(SPLITS, size),
-    "fields": [{"name": str, "table_size": size, "offset": count, "columns?": [str]}], "fingerprint?": (str, None),
-    "files?": {"*": {"bytes": count, "crc32": count}}}  # by path within DATA_DIR
 
 
 class QuotedPaths(FileSystem):
@@ -136,35 +122,6 @@ class Split:
                     file.seek(min(filter(None, (label.dictionary_page_offset, label.data_page_offset))))
                     found.update(file.read(label.total_compressed_size))
         return found.hexdigest()
-
-
-def parquet_files(folder):
-    """The *.parquet files in a folder (a path or a place), in order of their names: list of places.
-
-    Raises: UserError when there is none, or one of that name is no file.
-    """
-    folder = as_place(folder)
-    found = {path.name: path for path in (folder.iterdir() if folder.is_dir() else ())}
-    paths = [found[name] for name in sorted(found) if name.endswith(".parquet") and name[0] not in "._"]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a "
-                            f"parquet file; put the files that Spark wrote into such a folder directly into {folder}")
-    if not paths:
-        raise UserError(f"no *.parquet files in {folder}; run tools/criteo_parquet.py or tools/h5_to_parquet.py, "
-                        "or check --data_dir")
-    return paths
-
-
-def digest_of(path):
-    """A file's entry under "files" of dataset_info.json."""
-    return {"bytes": as_place(path).stat().st_size, "crc32": checksum(path)}
-
-
-def digests_of(data_dir):
-    """The entry "files" of dataset_info.json."""
-    paths = {f"{split}/{path.name}": path for split in SPLITS for path in parquet_files(as_place(data_dir) / split)}
-    return {name: digest_of(path) for name, path in paths.items()}
 
 
 def read_metadata(path):
@@ -271,21 +228,12 @@ def read_dataset_info(data_dir):
 
     Returns: {"fields": names, "table_sizes", "lists": {field: columns}, "num_samples": {split: rows}, "fingerprint",
     "files": digests}.
-
     Raises: UserError when the file is not what a converter writes.
     """
-    path, advice = as_place(data_dir) / "dataset_info.json", "convert the data again"
-    if not path.exists():
+    if not (as_place(data_dir) / INFO).exists():
         return {}
-    info = read_json(path, INFO_SCHEMA, advice)
+    info = read_info(data_dir, schema=OF_SPLITS)
     names, sizes = ([field[key] for field in info["fields"]] for key in ("name", "table_size"))
-    for field, offset in zip(info["fields"], np.cumsum([0, *sizes]).tolist()):
-        if field["offset"] != offset:
-            raise UserError(f"{path} gives {field['name']} the offset {field['offset']}, but the tables before it have "
-                            f"{offset} rows; {advice}")
-    if not names or len(set(names)) < len(names) or LABEL in names:
-        raise UserError(f"{path} names the fields {shorten(names)}, expected names that differ, none of them {LABEL}; "
-                        f"{advice}")
     lists = {field["name"]: field["columns"] for field in info["fields"] if field.get("columns")}
     return {"fields": names, "table_sizes": sizes, "lists": lists, "num_samples": info["num_samples"],
             "fingerprint": info.get("fingerprint"), "files": info.get("files")}

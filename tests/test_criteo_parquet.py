@@ -435,16 +435,18 @@ def test_spark_without_java(nasty, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_signals_wait_until_spark_has_started(number, error):
     """A start that is broken off leaves a Java process behind."""
-    before = [signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))]
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda *_: sys.exit(143)}
+    before = {which: signal.signal(which, handler) for which, handler in ours.items()}
     started = False
     try:
         with pytest.raises(error), spark_engine.signals_held():
             os.kill(os.getpid(), number)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Spark does
             started = True
-        assert signal.getsignal(signal.SIGINT) == before[0]
+        assert {which: signal.getsignal(which) for which in ours} == ours
     finally:
-        signal.signal(signal.SIGTERM, before[1])
+        for which, handler in before.items():
+            signal.signal(which, handler)
     assert started
 
 

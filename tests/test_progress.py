@@ -240,7 +240,8 @@ def test_record_beside_checkpoints_and_of_a_new_run(run_here, saved, shared_data
     assert record["saved"] is True and record["options"]["train_batches"] == 2 and record["model_load_dir"] is None
     run_here(shared_dataset_dir, tmp_path, *options, "3", "--resume")
     again = json.loads((save / "run.json").read_text())
-    assert [restart["step"] for restart in again.pop("restarts")] == [2] and again == record
+    assert [restart["step"] for restart in again.pop("restarts")] == [2]
+    assert set(again.pop("checkpoints")) >= set(record.pop("checkpoints")) and again == record
     logs = tmp_path / "logs"
     shutil.copytree(saved / "save" / "logs", logs)  # of a finished run: replaced, as its metrics are
     run_here(shared_dataset_dir, tmp_path / "new", "--train_batches", "1", "--log_dir", logs, "--seed", "3")
@@ -291,13 +292,13 @@ def test_divergence_in_the_last_step_is_one_line(shared_dataset_dir, tmp_path, o
 
 
 def test_what_the_driver_says_of_a_gpu(tmp_path, monkeypatch):
-    """A stand-in for nvidia-smi; without one nothing is said."""
+    """Stand-ins for nvidia-smi, without which no name is said, and for the driver."""
     device = trainer_module.Cuda.__new__(trainer_module.Cuda)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert device.machine() == device.memory() == {}
+    assert device.machine() == {}
     script = tmp_path / "nvidia-smi"
-    script.write_text('#!/bin/sh\n[ "$1" = --id=3 ] || exit 1\n'
-                      'case "$2" in *=name) echo "NVIDIA X";; *=memory.used) echo 123;; esac\n')
+    script.write_text('#!/bin/sh\n[ "$1 $2" = "--id=3 --query-gpu=name" ] && echo "NVIDIA X"\n')
     script.chmod(0o755)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setattr(flow._oneflow_internal, "GetCUDAMemoryUsed", lambda: 123.4)
     assert (device.machine(), device.memory()) == ({"gpu": "NVIDIA X"}, {"gpu_memory_mb": 123})

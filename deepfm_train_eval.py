@@ -109,10 +109,14 @@ SAME_IN_A_RUN = ("seed", "batch_size", "net_dropout", "learning_rate", "embeddin
 
 
 POSITIVE, NATURAL = number(int, 1), number(int, 0)
+USAGE = """
+  %(prog)s --data_dir DATA --persistent_path TABLES --persistent_path_fm TABLES_FM [--model_save_dir DIR] ...
+  %(prog)s --model_load_dir CHECKPOINT --data_dir DATA --eval_only
+  %(prog)s --model_load_dir CHECKPOINT --predict ROWS --predict_output FILE"""
 
 
 def make_parser():
-    parser = Parser("Train and evaluate DeepFM with OneFlow graphs and OneEmbedding tables.")
+    parser = Parser("Train and evaluate DeepFM with OneFlow graphs and OneEmbedding tables.", usage=USAGE)
     add_model_options(parser)
     add_training_options(parser)
     add_storage_options(parser)

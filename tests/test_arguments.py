@@ -164,6 +164,11 @@ def test_help_shows_every_default_and_fits_a_screen_per_topic():
             assert f"(default: {action.default})" in text, action.dest
 
 
+def test_the_usage_parses():
+    for line in trainer_module.USAGE.replace("[", "").replace("]", "").replace("...", "").strip().splitlines():
+        assert parse_args(line.split()[1:])
+
+
 # ------------------------------------------------------------------------------------------ what OneEmbedding is given
 
 

@@ -23,12 +23,15 @@ def parser_arguments():
 
 
 def readme_arguments():
+    """[(name, default)] of the original's table, and then of ours, where a row has the options of a topic."""
     section = README.split("## Options")[1].split("\n## ")[0]
-    return re.findall(r"^\| (\w+) \| ([^|]*?) \| [^|]+ \|$", section, re.M)
+    original, ours = section.split("\nOurs, by topic:\n")
+    rows = re.findall(r"^\| (\w+) \| ([^|]*?) \| [^|]+ \|$", original, re.M)[1:]
+    return rows + re.findall(r"`--(\w+)` \(([^)]+)\)", "".join(re.findall(r"^\| .* \|$", ours, re.M)))
 
 
 def test_the_tables_have_every_argument_once_with_its_default():
-    arguments, rows = parser_arguments(), [row for row in readme_arguments() if row[0] != "argument"]
+    arguments, rows = parser_arguments(), readme_arguments()
     names = [name for name, _ in rows]
     assert names[:len(ORIGINAL)] == ORIGINAL
     assert len(set(names)) == len(names) and set(names) == set(arguments)
@@ -90,7 +93,10 @@ def test_options_in_the_text_exist(options_of):
 
 def test_the_code_map_is_true():
     section = README.split("## Code map")[1].split("\n## ")[0]
-    named = set(re.findall(r"`([\w/]+\.\w+)`", section))
+    named = set()
+    for name in re.findall(r"`([\w/{},]+\.\w+)`", section):
+        start, names, end = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", name).groups()
+        named |= {start + middle + end for middle in (names or "").split(",")}
     for name in named:
         assert (ROOT / name).is_file(), name
     files = {path for pattern in ("*.py", "*.sh", "tools/*.*", "tools/*/*.py", "requirements.txt")

@@ -393,5 +393,6 @@ trap 'on_signal INT 2' INT
 trap 'on_signal TERM 15' TERM
 trap 'on_signal HUP 1' HUP
 unset RANK LOCAL_RANK WORLD_SIZE # another launcher's; NUM_NODES and NODE_RANK count here
+export -n MASTER_ADDR MASTER_PORT # arguments here; OneFlow 0.8.0 would take them for half of another launcher's
 exec </dev/null
 main "$@"

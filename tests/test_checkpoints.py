@@ -14,7 +14,7 @@ import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE_SIZES, make_dataset, metrics_lines, run_trainer, trainer_command
+from conftest import ROOT, TABLE_SIZES, assert_same, make_dataset, metrics_lines, run_trainer, trainer_command
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
@@ -49,14 +49,6 @@ def everything(work, checkpoint, processes=1):
         values[table] = np.stack([rows[key] for key in range(NUM_ROWS)])
         assert len(rows) == NUM_ROWS
     return values
-
-
-def assert_same(first, second):
-    """Bit for bit. With OneFlow 0.8.0 one process in six rounds now and then another way, with or without a resume."""
-    compare = np.allclose if flow.__version__.startswith("0.8.") else np.array_equal
-    assert first.keys() == second.keys()
-    for name in first:
-        assert compare(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")

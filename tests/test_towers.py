@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import numpy as np
-from conftest import ROOT, metrics_lines, trainer_command
+from conftest import ROOT, assert_same, metrics_lines, trainer_command
 
 from tools.trainer import checkpoints
 
@@ -73,9 +73,7 @@ def test_cross_network(distinct_dataset_dir, tmp_path):
     run(distinct_dataset_dir, killed, kill=5)
     assert "Resuming from" in run(distinct_dataset_dir, killed, "--resume")
     resumed = dense(killed, "step_14")
-    assert resumed.keys() == last.keys()
-    for name in last:
-        assert np.array_equal(resumed[name], last[name]), name
+    assert_same(resumed, last)
     best = ["--eval_only", "--model_load_dir", whole / "save" / "best_checkpoint"]
     scored = run(distinct_dataset_dir, tmp_path / "fresh", *best, "--persistent_path", whole / "tables",
                  "--persistent_path_fm", whole / "tables_fm")

@@ -366,6 +366,17 @@ def test_rows_of_grown_data_on_the_old_model(day, grown, tmp_path, fails):
     assert "another vocabulary" in fails("--data_dir", grown, "--model_load_dir", best(day), "--eval_only")
 
 
+def test_rows_of_a_growth_that_is_none(day, grown, tmp_path, fails):
+    """Also where it says that it is one: with the vocabularies beside the rows that is proven."""
+    other = convert(tmp_path / "other", write_rows(tmp_path / "other.csv", 3000, 9))
+    info = json.loads((other / "dataset_info.json").read_text(encoding="utf-8"))
+    info["grown_from"] = json.loads((grown / "dataset_info.json").read_text(encoding="utf-8"))["grown_from"]
+    (other / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    assert "field user did not keep its ids" in fails(
+        "--model_load_dir", best(day), "--predict", other / "test", "--predict_output", tmp_path / "x", "--unknown_ids",
+        "oov")
+
+
 def test_score_onnx_needs_no_oneflow(day, tmp_path):
     """Nor pandas, scikit-learn or petastorm: it runs where onnxruntime, numpy and pyarrow are."""
     if not has_onnx():
@@ -456,6 +467,43 @@ def test_corrected_probabilities_keep_their_digits(odd, tmp_path):
     onnx.save(onnx_graph.build(weights, None, False, ""), tmp_path / "plain.onnx")
     plain = OnnxModel(tmp_path / "plain.onnx").run({"ids": ids.astype(np.int64)})
     assert 0.1 < plain.mean() < 0.9 and np.abs(probs - plain).max() < 1e-6
+
+
+def test_rows_to_compare_are_of_the_models_data(odd, day, grown, tmp_path, capsys):
+    """Where the data is given and is other data: one line. Where it has been moved or replaced since: random ids."""
+    import export_onnx
+
+    options = ["--model_load_dir", best(odd), "--output", str(tmp_path / "m.onnx"), "--device", "cpu", "--overwrite"]
+    (tmp_path / "damaged" / "val").mkdir(parents=True)
+    (tmp_path / "damaged" / "val" / "a.parquet").write_bytes(b"PAR1...")
+    for folder, message in ((day / "data", "encoded with another vocabulary"), (tmp_path, "no *.parquet files in"),
+                            (tmp_path / "damaged", "is not a readable parquet file")):
+        capsys.readouterr()
+        assert export_onnx.main([*options, "--data_dir", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --data_dir {folder} cannot be compared on: ") and message in error
+        assert error.count("\n") == 1 and not (tmp_path / "m.onnx").exists()
+    (odd / "data").rename(odd / "moved")
+    shutil.copytree(day / "data", odd / "data")
+    try:
+        assert export_onnx.main(options) == 0
+    finally:
+        shutil.rmtree(odd / "data")
+        (odd / "moved").rename(odd / "data")
+    assert "10000 rows drawn at random" in capsys.readouterr().out
+
+
+def test_importance_of_lists(odd, day, capsys):
+    """The columns of a list are permuted together; rows of other data are refused."""
+    import field_importance
+
+    options = ["--model_load_dir", best(day), "--device", "cpu", "--data_dir"]
+    assert field_importance.main([*options, str(day / "data")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fields = [line.split()[0] for line in lines if line.count(".") == 4]
+    assert sorted(fields) == ["age", "genres", "item", "price", "user"] and fields[0] == "user"
+    assert field_importance.main([*options, str(odd / "data")]) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def test_large_models_keep_their_numbers_beside_them(odd, tmp_path, monkeypatch):

@@ -188,8 +188,10 @@ def _end_early(number, _):
 
 
 def start_script():
-    """Before a script's slow imports: let signals end it in one line, and refuse what no launcher would set."""
+    """Before a script's slow imports: let signals and missing packages end it in one line, and refuse what no launcher
+    would set."""
     mend_streams()
+    sys.excepthook = _say_missing_package
     signal.signal(signal.SIGINT, _end_early)
     signal.signal(signal.SIGTERM, _end_early)
     try:
@@ -197,6 +199,17 @@ def start_script():
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def _say_missing_package(kind, error, trace):
+    """An excepthook: one line for a package that this Python has not, tracebacks for all else."""
+    if kind is not ModuleNotFoundError or not error.name:
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # one voice is enough
+        package = error.name.split(".")[0]
+        extra = " onnx" if package in ("onnx", "onnxruntime") else ""
+        print(f"error: {sys.executable} has no package {package}; install it, or use .venv/bin/python of the "
+              f"environment that `bash tools/setup_env.sh{extra}` makes", file=sys.stderr)
 
 
 def mend_streams():

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import encode_rows
 import export_embeddings
@@ -201,6 +202,30 @@ def test_wrong_raw_values_raise(day):
         model.predict({**row, "price": ["dear"]})
     with pytest.raises(UserError, match="no column age"):
         model.predict({name: values for name, values in row.items() if name != "age"})
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": 0}, "argument --batch_size: 0 must be at least 1"), ({"device": "tpu"}, "--device: invalid choice"),
+])
+def test_load_never_ends_the_process(day, options, message):
+    with pytest.raises(UserError, match=message):
+        trainer_module.load(best(day), **{"device": "cpu", **options})
+
+
+def test_other_threads_are_told(day):
+    model, errors = trainer_module.load(best(day), "cpu"), []
+
+    def work(job):
+        try:
+            job()
+        except UserError as error:
+            errors.append(str(error))
+
+    for job in (lambda: model.predict(np.zeros((1, 7), np.int64)), lambda: trainer_module.load(best(day), "cpu")):
+        thread = threading.Thread(target=work, args=(job,))
+        thread.start()
+        thread.join()
+    assert len(errors) == 2 and all("in the thread that imported it only" in error for error in errors)
 
 
 def test_output_files(day, tmp_path, fails):

@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def raise_error(message):
+    """What a parser does with a mistake where the process is not its own."""
+    raise UserError(message)
+
+
 def number(kind, low=None, high=None, open_low=False):
     """An argparse type: a finite number with inclusive bounds (`open_low`: the lower one is excluded).
 

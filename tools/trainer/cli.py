@@ -5,7 +5,9 @@ Imports nothing beyond the standard library, so that a script can be interrupted
 
 import argparse
 import codecs
+import csv
 import errno
+import io
 import math
 import os
 import re
@@ -101,9 +103,25 @@ def float_list(length, low, high):
     return convert_all
 
 
+def split_names(text):
+    """'a,b' -> ['a', 'b'], as a line of CSV: a name with a comma stands in double quotes, '"a,b",c'."""
+    try:
+        return next(csv.reader([text], strict=True), [""])
+    except csv.Error:  # quotes that are part of a name
+        return text.split(",")
+
+
+def join_names(names):
+    """The text of which split_names makes the names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(names)
+    plain = ",".join(names)
+    return plain if split_names(plain) == list(names) else text.getvalue()
+
+
 def name_list(text):
     """An argparse type: 'a,b' -> ['a', 'b']"""
-    names = text.split(",")
+    names = split_names(text)
     if not all(names):
         raise argparse.ArgumentTypeError(f"{brief(text)!r} is not a comma-separated list of names")
     return names

@@ -679,6 +679,19 @@ def test_paths_are_not_patterns(tables, tmp_path, name):
     assert Encoder.load(folder / "d").fingerprint
 
 
+@needs_spark
+def test_paths_are_not_patterns_for_spark(tables, dataset, tmp_path):
+    """Neither of rows, nor of the scratch folder, which Spark reads again."""
+    folder = tmp_path / "a [1]?#{b,c}*ü"
+    folder.mkdir()
+    shutil.copy(tables[1] / "train.csv", folder / "a[1].csv")
+    assert run(folder / "d", "--input", folder / "a[1].csv", "--base", dataset, "--engine", "spark", "--spark_master",
+               "local[1]") == 0
+    assert run(folder / "e", "--input", folder / "a[1].csv", "--base", dataset) == 0
+    for split in SPLITS:
+        assert pq.read_table(folder / "d" / split).equals(pq.read_table(folder / "e" / split))
+
+
 @pytest.mark.parametrize("change, message", [
     ({"x": pa.array([[1]] * 60)}, "row 0 (counted from 0): x is a value of type list<element: int64>, expected a "
                                   "number"),

@@ -138,6 +138,8 @@ def add_category(graph, field, offset):
     ids = (np.arange(len(texts)) + field.first_id + offset).tolist()
     if field.length is not None:
         texts, ids = [*texts, ""], [*ids, offset]  # absent elements
+    elif not texts:
+        texts, ids = [""], [field.oov + offset]  # the operator wants one
     return graph.add("LabelEncoder", graph.input(input_of(field)), domain="ai.onnx.ml", keys_strings=texts,
                      values_int64s=ids, default_int64=field.oov + offset)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from tools.converter.raw import RawFormat, list_files, open_raw
+from tools.converter.raw import format_again, list_files, open_raw
 from tools.converter.values import BadValue, as_lists, as_numbers, as_text, number_problem, whole_numbers
 from tools.trainer.cli import UserError, brief, shorten
 
@@ -69,10 +69,7 @@ class OnnxModel:
 
     def open(self, path):
         """Raw files of an input, which have all columns of the model."""
-        described = self.described.get("raw", {})
-        header = None if described.get("header") is False else True
-        form = RawFormat(described.get("columns"), header, None, described.get("quotes", True),
-                         described.get("label"), True)
+        form = format_again(self.described.get("raw", {}), unlabelled=True)
         raws = [open_raw(file, form) for file in list_files(path)]
         for raw in raws:
             raw.check_columns(list(self.types()))

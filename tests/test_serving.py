@@ -241,6 +241,8 @@ def test_output_files(day, tmp_path, fails):
     assert "bad.csv, line 452: price is 'dear', expected a number" in fails(*options, "--overwrite")
     assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("out.parquet.part") == 0
     assert predict(day, day / "new.csv", target, "--overwrite").num_rows == 450
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
+    assert "has bytes that are not UTF-8" in fails(*options[:3], day / "new.csv", "--predict_output", strange)
     assert "no column 'none'" in fails(*options[:3], day / "new.csv", "--predict_output", tmp_path / "x",
                                        "--keep_columns", "none")
 
@@ -474,8 +476,12 @@ def test_rare_values_score_alike_as_onnx(odd, tmp_path):
     assert expected.std() > 1e-6 and np.abs(found / expected - 1).max() < 1e-4
 
 
-def test_text_without_header_and_fields_without_tokens(tmp_path):
-    """Separators that are not found by looking; the vocabulary of `rare` is empty, `same` has no borders."""
+@pytest.mark.parametrize("bins", [["--numeric_bins", "same=5"], [], ["--numeric_bins", "5"]])
+def test_text_without_header_and_fields_without_tokens(tmp_path, bins):
+    """Separators that are not found by looking; the vocabulary of `rare` is empty, `same` has no borders.
+
+    Also where all numbers are of one kind.
+    """
     if not has_onnx():
         pytest.skip("onnx and onnxruntime are not installed")
     import score_onnx
@@ -486,7 +492,7 @@ def test_text_without_header_and_fields_without_tokens(tmp_path):
     for name, cells in (("labelled", rows), ("unlabelled", [row[1:] for row in rows])):
         (tmp_path / f"{name}.txt").write_text("".join(":".join(map(str, row)) + "\n" for row in cells))
     data = ["--output_dir", str(tmp_path / "data"), "--label", "clicked", "--columns", ",".join(names), "--separator",
-            ":", "--categorical", "user,rare", "--numeric", "same,number", "--numeric_bins", "same=5"]
+            ":", "--categorical", "user,rare", "--numeric", "same,number", *bins]
     assert table_to_parquet.main(["--input", str(tmp_path / "labelled.txt"), *data]) == 0
     train(tmp_path / "data", tmp_path)
     path, frame = export(tmp_path), pd.DataFrame(rows, columns=names)

@@ -679,6 +679,13 @@ def test_paths_are_not_patterns(tables, tmp_path, name):
     assert Encoder.load(folder / "d").fingerprint
 
 
+def test_output_with_bytes_that_are_not_utf8_is_one_line(tables, tmp_path, capsys):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert run(folder, "--input", tables[1] / "train.csv", *OPTIONS) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and error.endswith("has bytes that are not UTF-8; use names without them")
+
+
 @needs_spark
 def test_paths_are_not_patterns_for_spark(tables, dataset, tmp_path):
     """Neither of rows, nor of the scratch folder, which Spark reads again."""

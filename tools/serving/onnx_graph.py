@@ -101,7 +101,7 @@ def add_numbers(graph, fields, offsets):
     cut = [[MIN_INTEGER + 1, MAX_INTEGER] if field.kind == "bucket" and field.own_missing else [-np.inf, np.inf]
            for field in fields]
     if real and any(np.isfinite(low) for low, _ in cut):
-        low, high = (graph.constant(np.array([pair]), "cut") for pair in zip(*cut))
+        low, high = (graph.constant(np.array([pair], np.float64), "cut") for pair in zip(*cut))
         values = graph.add("Min", graph.add("Max", values, low), high)
     values = truncated(graph, values, [field.kind == "bucket" and field.own_missing for field in fields])
     column = graph.add("Unsqueeze", values, graph.constant(np.array([2])))

@@ -71,6 +71,8 @@ class PredictionFile:
 
 def check_output(path, overwrite, option="--predict_output"):
     """Raise a UserError where a file cannot be written under a name."""
+    if path != path.encode("utf-8", "replace").decode("utf-8"):
+        raise UserError(f"{option} {path} has bytes that are not UTF-8; use a name without them")
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a folder; name a file in it")
     if os.path.lexists(path) and not overwrite:

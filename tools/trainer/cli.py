@@ -298,6 +298,8 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
         return 1
     except OSError as error:
         message, code = os_error_text(error, full_disk), 1
+    except UnicodeEncodeError as error:  # of Arrow, for a path
+        message, code = f"{brief(error.object)} has bytes that are not UTF-8; use names without them", 1
     except MemoryError:
         message, code = "out of memory; use less data at a time, or a machine with more", 1
     except KeyboardInterrupt:

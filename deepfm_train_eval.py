@@ -30,7 +30,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import NamedTuple
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
-from tools.trainer.startup import flow, prepare_graphs, prepare_run
+from tools.trainer.startup import check_thread, flow, prepare_graphs, prepare_run
 
 # isort: split
 import numpy as np
@@ -58,6 +58,7 @@ from tools.trainer.cli import (
     int_list,
     name_list,
     number,
+    raise_error,
 )
 from tools.trainer.dataset import (
     LABEL,
@@ -242,12 +243,14 @@ def add_storage_options(parser):
                                            "default is MODEL_SAVE_DIR/logs")
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, error=None):
     """Parse and cross-check; what needs the data files or a checkpoint is checked when they are read.
 
     Derived: args.device names one of DEVICES, args.given has the names of the options that are on the command line.
+    error: function that is called with a mistake, instead of the end of the process with a line.
     """
     parser = make_parser()
+    parser.error = error or parser.error
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
@@ -1054,8 +1057,9 @@ def load(folder, device="auto", batch_size=1000):
 
     Raises: UserError where the folder holds no whole checkpoint.
     """
+    check_thread()
     args = parse_args([f"--model_load_dir={folder}", "--predict=-", "--predict_output=-", f"--device={device}",
-                       f"--batch_size={batch_size}"])
+                       f"--batch_size={batch_size}", "--overwrite"], raise_error)
     prepare_graphs()
     return Predictor(open_checkpoint(args, str(folder))[0])
 

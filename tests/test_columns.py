@@ -102,6 +102,14 @@ def test_groups_of_any_type_that_petastorm_reads(weighted_dataset_dir, tmp_path,
     assert pd.crosstab(expected, groups).astype(bool).sum().eq(1).all() and len(set(groups)) == len(set(expected))
 
 
+def test_weights_may_be_text(weighted_dataset_dir, tmp_path):
+    """As --keep leaves them of a CSV file."""
+    folder = edited(weighted_dataset_dir, tmp_path / "data", lambda rows: rows.assign(w=rows.w.map(repr)), "train")
+    blocks = [rows_of(read_dataset(str(place), weight_column="w"), "train") for place in (weighted_dataset_dir, folder)]
+    for numbers, texts in zip(*blocks):
+        assert np.array_equal(numbers, texts) and numbers.dtype == texts.dtype
+
+
 def test_without_dataset_info_named_columns_are_no_fields(tmp_path, weighted_dataset_dir):
     for split in ("train", "val", "test"):
         (tmp_path / split).mkdir()
@@ -136,7 +144,12 @@ def weight(value, row=7):
 @pytest.mark.parametrize("options, change, message", [
     ({"weight_column": "v"}, None, "--weight_column v is not a column of .*train/part-00000.parquet; its columns are"),
     ({"group_column": "users"}, None, "--group_column users is not a column of"),
-    ({"weight_column": "user"}, None, "--weight_column user is of type string in .*, expected numbers"),
+    ({"weight_column": "user"}, None, "--weight_column user of the train split has text that is no number .*user"),
+    ({"weight_column": "w"}, lambda rows: rows.assign(w=["1"] * (len(rows) - 1) + [""]), "val split has text that "),
+    ({"weight_column": "w"}, lambda rows: rows.assign(w=["1"] * (len(rows) - 1) + [None]), "has the weight nan"),
+    ({"weight_column": "w"}, lambda rows: rows.assign(w=["1"] * (len(rows) - 1) + ["nan"]), "has the weight nan"),
+    ({"weight_column": "w"}, lambda rows: rows.assign(w=pd.Timestamp("2020-01-01")),
+     r"--weight_column w is of type timestamp\[.*\] in .*, expected signed integers, floats or text that is a number"),
     ({"weight_column": "f0"}, None, "--weight_column f0 is a field; name a column of weights"),
     ({"weight_column": "Label"}, None, "--weight_column Label is the label; name a column of weights"),
     ({"weight_column": "a b"}, None, r"petastorm cannot read the columns a b \(1\); rename them"),

@@ -430,6 +430,19 @@ def test_spark_without_java(nasty, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     assert run(nasty[0], tmp_path / "out", "--engine", "spark") == 1
     assert capsys.readouterr().err.startswith("error: --engine spark needs Java")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert run(nasty[0], tmp_path / "out", "--engine", "spark") == 1
+    assert f"which is not in JAVA_HOME {tmp_path}; install it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
+def test_spark_without_pyspark(nasty, tmp_path, monkeypatch, capsys):
+    for name in ("pyspark", "pyspark.sql"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run(nasty[0], tmp_path / "out", "--engine", "spark") == 1
+    error = capsys.readouterr().err
+    assert "needs PySpark (" in error and "run `bash tools/setup_env.sh spark`, or use --engine arrow" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,3 +98,18 @@ def test_odd_launch_variables_are_one_line(change, text):
     result = run([sys.executable, str(ROOT / "deepfm_train_eval.py")], {**launched, **change})
     errors = result.stderr.decode()
     assert result.returncode == 2 and errors.startswith("error: ") and text in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, package", [
+    ("deepfm_train_eval.py", "oneflow"), ("tools/export_onnx.py", "oneflow"), ("tools/table_to_parquet.py", "numpy"),
+    ("tools/score_onnx.py", "pyarrow"),
+])
+def test_missing_package_is_one_line(tmp_path, script, package):
+    """As with the system's Python, when nobody has activated the environment."""
+    hidden = tmp_path / "sitecustomize.py"
+    hidden.write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert result.returncode == 1
+    assert re.fullmatch(rf"error: \S+ has no package {package}; install it, or use .venv/bin/python of the environment "
+                        r"that `bash tools/setup_env.sh` makes\n", result.stderr), result.stderr

@@ -19,6 +19,8 @@ import inspect_dataset
 import make_click_log
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import table_to_parquet
 from conftest import ROOT, free_port, make_dataset, metrics_lines, run_trainer, trainer_command
@@ -91,6 +93,20 @@ def test_local_paths_stay_paths(tmp_path):
     path = tmp_path / NASTY / "é"
     assert places.of_name(places.as_name(path)[len("file://"):]) == path
     assert "/" not in places.as_name(path)[len("file:///"):]
+
+
+def test_arrow_reads_local_files_by_itself(tmp_path):
+    """A file of Python's that Arrow's threads still hold when Python ends aborts one in ten short runs."""
+    path = tmp_path / os.fsdecode(b"\xff ?[1]#%41.parquet")
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"a": [1, 2]}), file)
+    assert type(places.arrow_file(path)) is pa.OSFile
+    assert pq.read_table(places.arrow_file(path))["a"].to_pylist() == [1, 2]
+    with places.parquet_file(path) as file:
+        assert file.metadata.num_rows == 2
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        places.arrow_file(tmp_path / "pipe")
 
 
 def test_parts_of_a_url():

@@ -1,11 +1,13 @@
 """A trained model on rows of any form: ids and raw rows, into files, from Python, as ONNX, moved, on grown data."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import encode_rows
 import export_embeddings
@@ -202,6 +204,30 @@ def test_wrong_raw_values_raise(day):
         model.predict({name: values for name, values in row.items() if name != "age"})
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": 0}, "argument --batch_size: 0 must be at least 1"), ({"device": "tpu"}, "--device: invalid choice"),
+])
+def test_load_never_ends_the_process(day, options, message):
+    with pytest.raises(UserError, match=message):
+        trainer_module.load(best(day), **{"device": "cpu", **options})
+
+
+def test_other_threads_are_told(day):
+    model, errors = trainer_module.load(best(day), "cpu"), []
+
+    def work(job):
+        try:
+            job()
+        except UserError as error:
+            errors.append(str(error))
+
+    for job in (lambda: model.predict(np.zeros((1, 7), np.int64)), lambda: trainer_module.load(best(day), "cpu")):
+        thread = threading.Thread(target=work, args=(job,))
+        thread.start()
+        thread.join()
+    assert len(errors) == 2 and all("in the thread that imported it only" in error for error in errors)
+
+
 def test_output_files(day, tmp_path, fails):
     target = tmp_path / "out.parquet"
     predict(day, day / "new.csv", target)
@@ -215,6 +241,8 @@ def test_output_files(day, tmp_path, fails):
     assert "bad.csv, line 452: price is 'dear', expected a number" in fails(*options, "--overwrite")
     assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("out.parquet.part") == 0
     assert predict(day, day / "new.csv", target, "--overwrite").num_rows == 450
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
+    assert "has bytes that are not UTF-8" in fails(*options[:3], day / "new.csv", "--predict_output", strange)
     assert "no column 'none'" in fails(*options[:3], day / "new.csv", "--predict_output", tmp_path / "x",
                                        "--keep_columns", "none")
 
@@ -365,6 +393,17 @@ def test_rows_of_grown_data_on_the_old_model(day, grown, tmp_path, fails):
     assert "another vocabulary" in fails("--data_dir", grown, "--model_load_dir", best(day), "--eval_only")
 
 
+def test_rows_of_a_growth_that_is_none(day, grown, tmp_path, fails):
+    """Also where it says that it is one: with the vocabularies beside the rows that is proven."""
+    other = convert(tmp_path / "other", write_rows(tmp_path / "other.csv", 3000, 9))
+    info = json.loads((other / "dataset_info.json").read_text(encoding="utf-8"))
+    info["grown_from"] = json.loads((grown / "dataset_info.json").read_text(encoding="utf-8"))["grown_from"]
+    (other / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    assert "field user did not keep its ids" in fails(
+        "--model_load_dir", best(day), "--predict", other / "test", "--predict_output", tmp_path / "x", "--unknown_ids",
+        "oov")
+
+
 def test_score_onnx_needs_no_oneflow(day, tmp_path):
     """Nor pandas, scikit-learn or petastorm: it runs where onnxruntime, numpy and pyarrow are."""
     if not has_onnx():
@@ -390,3 +429,211 @@ sys.exit(score_onnx.main([{str(path)!r}, {str(day / "new.csv")!r}]))
     assert lines[0] == '"probability"' and len(lines) == 451
     expected = predict(day, day / "new.csv", tmp_path / "p.parquet")["probability"].to_numpy()
     assert np.abs(np.array(lines[1:], float) - expected).max() < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------- onnx
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A model of what is rare: lists of one value, quantiles of several numbers of bins, negatives kept seldom."""
+    if not has_onnx():
+        pytest.skip("onnx and onnxruntime are not installed")
+    folder = tmp_path_factory.mktemp("odd.parts ü[1]#")
+    write_rows(folder / "day1.csv", 2000, 1)
+    assert table_to_parquet.main(
+        ["--input", str(folder / "day1.csv"), "--output_dir", str(folder / "data"), "--label", "clicked",
+         "--categorical", "user", "--numeric", "item,price,age", "--numeric_bins", "price=20,age=5", "--list", "genres",
+         "--list_length", "1", "--drop", "request"]) == 0
+    train(folder / "data", folder, "--negative_sampling_rate", "0.0001", "--train_batches", "100")
+    return folder
+
+
+def export(folder, *options):
+    import export_onnx
+
+    path = folder / f"model{len(list(folder.glob('*.onnx')))}.onnx"
+    assert export_onnx.main(["--model_load_dir", best(folder), "--output", str(path), "--device", "cpu", *options]) == 0
+    return str(path)
+
+
+def odd_rows():
+    """Rows of all combinations of values that are rare."""
+    numbers = ["", "inf", "-inf", "-0.0", "-2.7", "2.7", "1e300", "-1e300"]
+    lists = ["", "pop", "pop|rock", "|é", "||", "never seen|pop"]
+    rows = [{"user": f"u{place}", "item": item, "price": price, "age": age, "genres": lists[place % len(lists)]}
+            for place, (item, price, age) in enumerate(itertools.product(numbers, repeat=3))]
+    return pd.DataFrame(rows)
+
+
+def test_rare_values_score_alike_as_onnx(odd, tmp_path):
+    import score_onnx
+
+    odd_rows().to_csv(tmp_path / "rows.csv", index=False)
+    expected = predict(odd, tmp_path / "rows.csv", tmp_path / "p.parquet")["probability"].to_numpy()
+    assert score_onnx.main([export(odd), str(tmp_path / "rows.csv"), "--output", str(tmp_path / "o.parquet")]) == 0
+    found = pq.read_table(tmp_path / "o.parquet")["probability"].to_numpy()
+    assert expected.std() > 1e-6 and np.abs(found / expected - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("bins", [["--numeric_bins", "same=5"], [], ["--numeric_bins", "5"]])
+def test_text_without_header_and_fields_without_tokens(tmp_path, bins):
+    """Separators that are not found by looking; the vocabulary of `rare` is empty, `same` has no borders.
+
+    Also where all numbers are of one kind.
+    """
+    if not has_onnx():
+        pytest.skip("onnx and onnxruntime are not installed")
+    import score_onnx
+
+    rng = np.random.default_rng(0)
+    rows = [["01"[rng.random() < 0.2 + 0.1 * (i % 5)], f"u{i % 5}", f"r{i}", "7", i % 3 - 1] for i in range(600)]
+    names = ["clicked", "user", "rare", "same", "number"]
+    for name, cells in (("labelled", rows), ("unlabelled", [row[1:] for row in rows])):
+        (tmp_path / f"{name}.txt").write_text("".join(":".join(map(str, row)) + "\n" for row in cells))
+    data = ["--output_dir", str(tmp_path / "data"), "--label", "clicked", "--columns", ",".join(names), "--separator",
+            ":", "--categorical", "user,rare", "--numeric", "same,number", *bins]
+    assert table_to_parquet.main(["--input", str(tmp_path / "labelled.txt"), *data]) == 0
+    train(tmp_path / "data", tmp_path)
+    path, frame = export(tmp_path), pd.DataFrame(rows, columns=names)
+    expected = trainer_module.load(best(tmp_path), "cpu").predict(frame)
+    assert expected.std() > 0.01
+    for name in ("labelled", "unlabelled"):
+        file, output = tmp_path / f"{name}.txt", tmp_path / f"{name}.parquet"
+        assert score_onnx.main([path, str(file), "--output", str(output)]) == 0
+        scores = [pq.read_table(output)["probability"].to_numpy()]
+        scores.append(predict(tmp_path, file, tmp_path / f"{name}.csv")["probability"].to_numpy())
+        assert encode_rows.main(["--dataset", str(tmp_path / "data"), "--input", str(file), "--output_dir",
+                                 str(tmp_path / name)]) == 0
+        scores.append(predict(tmp_path, tmp_path / name, tmp_path / f"{name}2.csv")["probability"].to_numpy())
+        assert np.abs(np.array(scores) - expected).max() < 1e-6, name
+    assert table_to_parquet.main(["--base", str(tmp_path / "data"), "--input", str(tmp_path / "labelled.txt"),
+                                  "--output_dir", str(tmp_path / "grown")]) == 0
+
+
+def test_corrected_probabilities_keep_their_digits(odd, tmp_path):
+    """Also where the model is sure: p / (p + (1 - p) / rate) of float32 probabilities would be off by 1e-4."""
+    from tools.serving import onnx_graph
+    from tools.serving.onnx_rows import OnnxModel
+    from tools.serving.weights import read_weights
+
+    weights = read_weights(best(odd))
+    weights.layers[-1][1][:] = 9  # certain of a click before the correction
+    import onnx
+
+    onnx.save(onnx_graph.build(weights, None, False, ""), tmp_path / "sure.onnx")
+    ids = ids_in(odd / "data" / "test", trainer_module.load(best(odd), "cpu").columns)
+    probs = OnnxModel(tmp_path / "sure.onnx").run({"ids": ids.astype(np.int64)}).astype(np.float64)
+    weights.state["model"]["negative_sampling_rate"] = 1.0
+    weights.layers[-1][1][:] += np.float32(np.log(0.0001))
+    onnx.save(onnx_graph.build(weights, None, False, ""), tmp_path / "plain.onnx")
+    plain = OnnxModel(tmp_path / "plain.onnx").run({"ids": ids.astype(np.int64)})
+    assert 0.1 < plain.mean() < 0.9 and np.abs(probs - plain).max() < 1e-6
+
+
+def test_rows_to_compare_are_of_the_models_data(odd, day, grown, tmp_path, capsys):
+    """Where the data is given and is other data: one line. Where it has been moved or replaced since: random ids."""
+    import export_onnx
+
+    options = ["--model_load_dir", best(odd), "--output", str(tmp_path / "m.onnx"), "--device", "cpu", "--overwrite"]
+    (tmp_path / "damaged" / "val").mkdir(parents=True)
+    (tmp_path / "damaged" / "val" / "a.parquet").write_bytes(b"PAR1...")
+    for folder, message in ((day / "data", "encoded with another vocabulary"), (tmp_path, "no *.parquet files in"),
+                            (tmp_path / "damaged", "is not a readable parquet file")):
+        capsys.readouterr()
+        assert export_onnx.main([*options, "--data_dir", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --data_dir {folder} cannot be compared on: ") and message in error
+        assert error.count("\n") == 1 and not (tmp_path / "m.onnx").exists()
+    (odd / "data").rename(odd / "moved")
+    shutil.copytree(day / "data", odd / "data")
+    try:
+        assert export_onnx.main(options) == 0
+    finally:
+        shutil.rmtree(odd / "data")
+        (odd / "moved").rename(odd / "data")
+    assert "10000 rows drawn at random" in capsys.readouterr().out
+
+
+def test_importance_of_lists(odd, day, capsys):
+    """The columns of a list are permuted together; rows of other data are refused."""
+    import field_importance
+
+    options = ["--model_load_dir", best(day), "--device", "cpu", "--data_dir"]
+    assert field_importance.main([*options, str(day / "data")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fields = [line.split()[0] for line in lines if line.count(".") == 4]
+    assert sorted(fields) == ["age", "genres", "item", "price", "user"] and fields[0] == "user"
+    assert field_importance.main([*options, str(odd / "data")]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_large_models_keep_their_numbers_beside_them(odd, tmp_path, monkeypatch):
+    import export_onnx
+
+    from tools.serving.onnx_rows import OnnxModel
+
+    whole = OnnxModel(export(odd))
+    monkeypatch.setattr(export_onnx, "LARGEST_FILE", 1000)
+    path = export(odd)
+    assert os.path.exists(f"{path}.data") and not list(odd.glob(".deepfm*"))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in (path, f"{path}.data"):
+        shutil.move(name, moved)
+    feed = whole.feed(pa.Table.from_pandas(odd_rows()))
+    assert np.array_equal(whole.run(feed), OnnxModel(moved / os.path.basename(path)).run(feed))
+
+
+@pytest.mark.parametrize("column, value, message", [
+    ("price", "dear", "line 3: price is 'dear', expected a number, or nothing"),
+    ("user", None, "line 3: 4 columns, expected 5 (user,item,price,age,genres)"),
+])
+def test_bad_rows_for_onnx_are_named(odd, tmp_path, capsys, column, value, message):
+    import score_onnx
+
+    rows = odd_rows()
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    lines = (tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines()
+    cells = lines[2].split(",")
+    cells[list(rows).index(column)] = value
+    lines[2] = ",".join(cell for cell in cells if cell is not None)
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert score_onnx.main([export(odd), str(tmp_path / "rows.csv"), "--output", str(tmp_path / "o.csv")]) == 1
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path / 'rows.csv'}, {message}\n")
+    assert not list(tmp_path.glob("o.csv*"))
+
+
+@pytest.mark.parametrize("value", [10**6, 0, -1, None])
+def test_ids_that_are_not_of_their_table_are_refused_by_onnx(odd, tmp_path, capsys, value):
+    import score_onnx
+
+    rows = pq.read_table(odd / "data" / "test").to_pandas().astype({"item": "Int64"})
+    rows.loc[3, "item"] = pd.NA if value is None else value
+    rows.to_parquet(tmp_path / "ids.parquet")
+    path, output = export(odd, "--inputs", "ids"), ["--output", str(tmp_path / "o.csv")]
+    assert score_onnx.main([path, str(odd / "data" / "test"), *output]) == 0
+    assert score_onnx.main([path, str(tmp_path / "ids.parquet"), *output, "--overwrite"]) == 1
+    shown = "missing" if value is None else float(value)
+    assert f"row 3 (counted from 0): item is {shown}, expected an id in [" in capsys.readouterr().err
+
+
+def test_kept_columns_stay_as_they_are(odd, tmp_path, capfd, fails):
+    """Numbers that the model reads too as they stand in a text file; lists in parquet only."""
+    import score_onnx
+
+    odd_rows().to_csv(tmp_path / "rows.csv", index=False)
+    path = export(odd)
+    for name in ("o.csv", "o.parquet"):
+        assert score_onnx.main([path, str(tmp_path / "rows.csv"), "--output", str(tmp_path / name), "--keep_columns",
+                                "price,genres"]) == 0
+    assert pq.read_table(tmp_path / "o.parquet")["price"].to_pylist() == list(odd_rows().price)
+    table = pa.table({**odd_rows(), "genres": [["pop"]] * len(odd_rows())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    capfd.readouterr()
+    assert score_onnx.main([path, str(tmp_path / "rows.parquet"), "--keep_columns", "genres"]) == 1
+    assert "cannot take the columns to keep" in capfd.readouterr().err
+    assert "cannot take the columns to keep" in fails(
+        "--model_load_dir", best(odd), "--predict", tmp_path / "rows.parquet", "--predict_output", tmp_path / "p.csv",
+        "--keep_columns", "genres")
+    assert not list(tmp_path.glob("p.csv*"))

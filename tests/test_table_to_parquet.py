@@ -541,6 +541,28 @@ def test_describe_proposes_a_command_that_works(tables, tmp_path, capsys):
     assert table_to_parquet.main(options) == 0
 
 
+@pytest.mark.parametrize("header, options", [
+    ("y:user, id:--item:it's \"q\" $x", ["--separator", ":"]), ("y click,user,-item,'a'", ["--label", "y click"]),
+    ('y,"user,id","""q"",r",$HOME', []), ("y\tuser\titem\tclick", ["--label", "y", "--separator", "tab"]),
+])
+def test_described_names_and_separators_come_back(tmp_path, capsys, monkeypatch, header, options):
+    """Through a shell, with names that shells, lists of names and argparse take apart."""
+    separator = {":": ":", "tab": "\t"}.get(options[-1] if options else "", ",")
+    rows = ["0", "1"] * 30, [f"u{i % 7}" for i in range(60)], [f"i{i % 5}" for i in range(60)], ["0", "1"] * 30
+    folder = tmp_path / "it's \"q\" $HOME [1]*"
+    folder.mkdir()
+    (folder / "-rows.txt").write_text("\n".join([header, *map(separator.join, zip(*rows))]) + "\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    assert table_to_parquet.main(["--input=-rows.txt", "--describe", *options]) == 0
+    command = capsys.readouterr().out.split("\n\n")[-1].replace("python tools/table_to_parquet.py", "printf '%s\\0'")
+    words = subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout.split("\0")[:-1]
+    assert table_to_parquet.main(["d" if word == "DATA_DIR" else word for word in words]) == 0
+    info = json.loads((folder / "d" / "dataset_info.json").read_text(encoding="utf-8"))
+    assert info["raw"]["label"] == info["raw"]["columns"][0] and len(info["fields"]) == 3
+    assert table_to_parquet.main(["--input=-rows.txt", "--describe", "--label", "nothing", *options[2:]]) == 1
+    assert "has no column 'nothing'" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------ text and files
 
 
@@ -655,6 +677,26 @@ def test_paths_are_not_patterns(tables, tmp_path, name):
     assert run(folder / "d", "--input", folder / f"{name}.csv", *OPTIONS, "--spark_tmp_dir", folder / "tmp") == 0
     assert encode(folder / "d", folder / f"{name}.csv", folder / "new") == 0
     assert Encoder.load(folder / "d").fingerprint
+
+
+def test_output_with_bytes_that_are_not_utf8_is_one_line(tables, tmp_path, capsys):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert run(folder, "--input", tables[1] / "train.csv", *OPTIONS) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and error.endswith("has bytes that are not UTF-8; use names without them")
+
+
+@needs_spark
+def test_paths_are_not_patterns_for_spark(tables, dataset, tmp_path):
+    """Neither of rows, nor of the scratch folder, which Spark reads again."""
+    folder = tmp_path / "a [1]?#{b,c}*ü"
+    folder.mkdir()
+    shutil.copy(tables[1] / "train.csv", folder / "a[1].csv")
+    assert run(folder / "d", "--input", folder / "a[1].csv", "--base", dataset, "--engine", "spark", "--spark_master",
+               "local[1]") == 0
+    assert run(folder / "e", "--input", folder / "a[1].csv", "--base", dataset) == 0
+    for split in SPLITS:
+        assert pq.read_table(folder / "d" / split).equals(pq.read_table(folder / "e" / split))
 
 
 @pytest.mark.parametrize("change, message", [

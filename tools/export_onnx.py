@@ -18,7 +18,7 @@ numbers go to OUTPUT.data beside it. The file gets its name when its probabiliti
 
 import os
 import sys
-from contextlib import suppress
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
@@ -45,13 +45,10 @@ LARGEST_FILE = 2_000_000_000  # bytes; protobuf's limit is 2 GiB
 
 
 def save(proto, path):
-    """Write the model; returns the files."""
-    if proto.ByteSize() <= LARGEST_FILE:
-        onnx.save_model(proto, path)
-        return [path]
-    data = os.path.basename(path).replace(".part", "") + ".data"
-    onnx.save_model(proto, path, save_as_external_data=True, location=data + ".part", convert_attribute=False)
-    return [path, os.path.join(os.path.dirname(path), data + ".part")]
+    """Write the model, above 2 GB with its numbers in a file of their own beside it."""
+    large = proto.ByteSize() > LARGEST_FILE
+    onnx.save_model(proto, path, save_as_external_data=large, location=os.path.basename(path) + ".data",
+                    convert_attribute=False)
 
 
 def compare(args, path, encoder):
@@ -72,22 +69,21 @@ def export(args):
     encoder = encoder_of(args.model_load_dir) if args.inputs == "raw" else None
     proto = onnx_graph.build(weights, encoder, args.inputs == "raw", args.model_load_dir)
     inputs = shorten([node.name for node in proto.graph.input])
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    files = []
-    try:
-        files = save(proto, args.output + ".part")
+    folder = os.path.dirname(os.path.abspath(args.output))
+    os.makedirs(folder, exist_ok=True)
+    # the model names its file of numbers, so both are written under their names, in a folder that goes away
+    with tempfile.TemporaryDirectory(prefix=".deepfm-exporting-", dir=folder) as staging:
+        path = os.path.join(staging, os.path.basename(args.output))
+        save(proto, path)
         del proto, weights
-        difference, where = compare(args, files[0], encoder)
+        difference, where = compare(args, path, encoder)
         if not difference <= TOLERANCE:
             raise UserError(f"the file's probabilities differ by {difference:.1e} from the trainer's on {where}, "
                             f"expected at most {TOLERANCE:.0e}; nothing was written")
-        size = sum(map(os.path.getsize, files))
-        for file in reversed(files):
-            os.replace(file, file.replace(".part", ""))
-    finally:
+        files = sorted(os.listdir(staging), reverse=True)  # OUTPUT.data before OUTPUT
+        size = sum(os.path.getsize(os.path.join(staging, file)) for file in files)
         for file in files:
-            with suppress(OSError):
-                os.remove(file)
+            os.replace(os.path.join(staging, file), os.path.join(folder, file))
     print(f"compared with the trainer on {where}: largest difference {difference:.1e}")
     print(f"wrote {args.output}: {size / 1e6:.1f} MB, {args.inputs} inputs {inputs}")
 

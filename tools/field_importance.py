@@ -15,10 +15,10 @@ prints the val metrics, then the fields, the most important first:
     I13    -0.000579  0.000204     -0.000310  0.000176
     wrote importance.png
 
-Each field's column is permuted among the rows, all else stays, and the model scores the rows again (Breiman, Random
-Forests, 2001, section 10). What AUC loses and logloss gains by that is the field's importance: about 0 for a field that
-the model does not use, a little below 0 by chance. A field whose content another field repeats looks less important
-than it is. `+-` is the standard deviation over the repeats.
+Each field's column is permuted among the rows (those of a list together), all else stays, and the model scores the rows
+again (Breiman, Random Forests, 2001, section 10). What AUC loses and logloss gains by that is the field's importance:
+about 0 for a field that the model does not use, a little below 0 by chance. A field whose content another field repeats
+looks less important than it is. `+-` is the standard deviation over the repeats.
 
 Shape of the model and folders of the tables are read from the checkpoint. The ids of all scored rows are held in memory
 (4 bytes each, 8 from 2^31 table rows on: 0.7 GB for the 4.6 million rows of Criteo_x4), and every repeat of every field
@@ -48,7 +48,7 @@ from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
 from tools.trainer.dataset import Dataset, Split
-from tools.trainer.dataset_info import LABEL
+from tools.trainer.dataset_info import INFO, LABEL, read_info
 from tools.trainer.places import as_place
 from tools.trainer.startup import prepare_run
 
@@ -61,12 +61,14 @@ BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 def load(args):
     """A Trainer with the checkpoint's model; its dataset has the val split only."""
     state = checkpoints.read_checkpoint(args.model_load_dir)
-    split = Split(as_place(args.data_dir) / "val", "val")
-    missing = [name for name in (LABEL, *state["model"]["fields"]) if name not in split.columns]
+    folder = as_place(args.data_dir)
+    split, model = Split(folder / "val", "val"), state["model"]
+    fingerprint = read_info(folder).get("fingerprint") if (folder / INFO).exists() else None
+    dataset = Dataset({"val": split}, model["fields"], model["table_sizes"], model.get("lists"), fingerprint)
+    missing = [name for name in (LABEL, *dataset.columns) if name not in split.columns]
     if missing:
         raise UserError(f"{split.files[0]} lacks the columns {shorten(missing)} of the checkpoint's data; give the "
                         "--data_dir that it was trained on")
-    dataset = Dataset({"val": split}, state["model"]["fields"], state["model"]["table_sizes"])
     options = {"data_dir": args.data_dir, "model_load_dir": args.model_load_dir, "device": args.device,
                "batch_size": args.batch_size or state["run"]["batch_size"], "persistent_path": args.persistent_path,
                "persistent_path_fm": args.persistent_path_fm}
@@ -77,11 +79,11 @@ def load(args):
 
 
 def read_ids(dataset, split, max_rows=None):
-    """The first max_rows rows (None: all) of a split -> (ids int32 or int64 (n, F), labels float32 (n,))"""
+    """The first max_rows rows (None: all) of a split -> (ids int32 or int64 (n, C), labels float32 (n,))"""
     rows, position, ids, labels = min(split.num_rows, max_rows or split.num_rows), 0, None, None
     for group_ids, group_labels in trainer_code.read_rows(dataset, split):
         if ids is None:
-            ids, labels = np.empty((rows, len(dataset.fields)), group_ids.dtype), np.empty(rows, np.float32)
+            ids, labels = np.empty((rows, len(dataset.columns)), group_ids.dtype), np.empty(rows, np.float32)
         part = slice(position, min(position + len(group_ids), rows))
         ids[part], labels[part] = group_ids[:rows - position], group_labels[:rows - position]
         position = part.stop
@@ -91,7 +93,7 @@ def read_ids(dataset, split, max_rows=None):
 
 
 def score(trainer, ids):
-    """Probabilities float32 (n,) of the model for ids (n, F)."""
+    """Probabilities float32 (n,) of the model for ids (n, C)."""
     size, num_ids = trainer.args.batch_size, trainer.dataset.num_ids
 
     def batches():
@@ -106,9 +108,9 @@ def score(trainer, ids):
 # ---------------------------------------------------------------------------------------------------------- importance
 
 
-def permuted(column, seed, repeat, field):
-    """The column in an order of its own for every (seed, repeat, field number)."""
-    return np.random.default_rng((seed, repeat, field)).permutation(column)
+def permuted(rows, seed, repeat, field):
+    """The rows in an order of its own for every (seed, repeat, field number)."""
+    return np.random.default_rng((seed, repeat, field)).permutation(rows)
 
 
 def auc_and_logloss(labels, probs):
@@ -116,21 +118,25 @@ def auc_and_logloss(labels, probs):
     return metrics.auc(scores), metrics.logloss(scores)
 
 
-def importance(predict, ids, labels, repeats, seed):
+def importance(predict, ids, labels, repeats, seed, field_of=None):
     """Drop in AUC and rise in logloss by permuting each field: ((AUC, logloss), changes float64 (F, repeats, 2)).
 
-    predict: ids (n, F) -> probabilities (n,). ids come back as they were.
+    predict: ids (n, C) -> probabilities (n,). ids come back as they were. field_of: number of each column's field;
+    None: every column is a field.
     """
+    field_of = np.arange(ids.shape[1]) if field_of is None else np.asarray(field_of)
     auc, logloss = auc_and_logloss(labels, predict(ids))
     if math.isnan(auc):
         raise UserError(f"all {len(labels)} labels are {labels[0]:g}, AUC needs both 0 and 1; use a larger --max_rows")
-    changes = np.empty((ids.shape[1], repeats, 2))
-    jobs = [(field, repeat) for field in range(ids.shape[1]) for repeat in range(repeats)]
+    num_fields = field_of[-1] + 1
+    changes = np.empty((num_fields, repeats, 2))
+    jobs = [(field, repeat) for field in range(num_fields) for repeat in range(repeats)]
     for field, repeat in tqdm(jobs, unit=" scores", leave=False, disable=not sys.stderr.isatty()):
-        column = ids[:, field].copy()
-        ids[:, field] = permuted(column, seed, repeat, field)
+        columns = np.flatnonzero(field_of == field)
+        values = ids[:, columns]
+        ids[:, columns] = values[permuted(np.arange(len(ids)), seed, repeat, field)]
         new_auc, new_logloss = auc_and_logloss(labels, predict(ids))
-        ids[:, field] = column
+        ids[:, columns] = values
         changes[field, repeat] = auc - new_auc, new_logloss - logloss
     return (auc, logloss), changes
 
@@ -202,7 +208,8 @@ def run(args):
     prepare_run(on_cpu=args.device != "cuda")
     trainer = load(args)
     ids, labels = read_ids(trainer.dataset, trainer.dataset.splits["val"], args.max_rows)
-    (auc, logloss), changes = importance(partial(score, trainer), ids, labels, args.repeats, args.seed)
+    (auc, logloss), changes = importance(partial(score, trainer), ids, labels, args.repeats, args.seed,
+                                         trainer.dataset.field_of)
     title = f"val AUC {auc:.6f}, logloss {logloss:.6f}, {len(labels)} rows, permutations per field: {args.repeats}"
     rows = sort_fields(trainer.dataset.fields, changes)
     print(f"{title}\n\n{table_text(rows)}", flush=True)

@@ -18,10 +18,9 @@ if __name__ == "__main__":
     cli.start_script()  # imports take seconds
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 
 from tools.serving.onnx_rows import OnnxModel
-from tools.serving.output import PredictionFile, check_output, prediction_schema
+from tools.serving.output import PredictionFile, check_output, csv_writer, prediction_schema, rows_table
 from tools.trainer.cli import UserError, name_list, number
 
 
@@ -30,11 +29,10 @@ class Printed:
 
     def __init__(self, kept):
         self.schema = prediction_schema(kept)
-        self.writer = pa_csv.CSVWriter(pa.PythonFile(sys.stdout.buffer, "w"), self.schema)
+        self.writer = csv_writer(pa.PythonFile(sys.stdout.buffer, "w"), self.schema, "the output to stdout")
 
     def write(self, probs, kept):
-        columns = [pa.array(probs), *(kept.columns if kept is not None else [])]
-        self.writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+        self.writer.write_table(rows_table(self.schema, probs, kept))
 
     def __enter__(self):
         return self

@@ -14,7 +14,8 @@ prints
     wrote data/clicks: 40053 train, 4958 val, 4989 test rows, 4 fields, ... ids
 
 Inputs: files or folders; text may be .gz or .zst, with a header (or --columns), cells may be quoted. Every column is
-named by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop.
+named by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop. A name with a
+comma stands in double quotes: --drop '"a,b",c'.
 
     --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count
                     times, unknown and missing ones share the out-of-vocabulary id, which is the last one.
@@ -55,7 +56,7 @@ from tools.converter.encoders import Bucket, Category, Encoder, Hash, Quantile
 from tools.converter.names import shard_names
 from tools.converter.raw import RawFormat, open_raw
 from tools.converter.source import Source, open_files
-from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten
+from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten, split_names
 
 MIN_COUNT = 2
 KINDS = ("categorical", "numeric", "list", "hash")
@@ -69,7 +70,7 @@ def per_field(kind):
 
     def convert_text(text):
         values = {}
-        for part in text.split(","):
+        for part in split_names(text):
             name, _, value = part.rpartition("=")
             values[name or None] = kind(value)
         return values

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from tools.converter import arrow_engine, info, publish, spark_engine
 from tools.converter.encoders import LARGEST_TABLE, vocabulary_file
-from tools.converter.raw import RawFormat
+from tools.converter.raw import format_again
 from tools.converter.rows import RowMaker
 from tools.trainer.cli import LARGEST, UserError, number
 from tools.trainer.dataset_info import SPLITS, digests_of
@@ -123,11 +123,7 @@ def raw_description(raw, label, carried=None):
 
 def format_of(info, unlabelled=False):
     """RawFormat of new rows for a dataset, from its dataset_info.json."""
-    raw = info["raw"]
-    # rows without header are told from rows with one by the names; where there was none, or either may be, both
-    # are right
-    header = None if raw.get("header", True) in (False, None) else True
-    return RawFormat(raw["columns"], header, None, raw.get("quotes", True), raw["label"], unlabelled)
+    return format_again(info["raw"], unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- options

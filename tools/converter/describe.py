@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tools.converter.values import LABELS, BadValue, as_numbers, as_text, one_array
-from tools.trainer.cli import brief
+from tools.trainer.cli import brief, join_names
 
 LOOK_ROWS = 1 << 18  # rows that are looked at
 FEW_NUMBERS = 100  # whole numbers with at most so many values are categories
@@ -38,15 +38,19 @@ def look(raw):
     return pa.concat_tables(tables).slice(0, LOOK_ROWS), rows < LOOK_ROWS
 
 
-def columns_of(raw):
-    """(list of Column, rows looked at, whether that is all)"""
+def columns_of(raw, label=None):
+    """(list of Column, rows looked at, whether that is all); label: name of the label, where it is known."""
+    if label is not None:
+        raw.check_columns([label])
     table, complete = look(raw)
     columns = [describe(name, one_array(table.column(name)), raw.is_text) for name in table.column_names]
-    labels = [i for i, column in enumerate(columns) if column.kind == "label"]
+    columns = [column._replace(kind="label", note="as you say") if column.name == label else column
+               for column in columns]
+    labels = [i for i, column in enumerate(columns) if column.kind == "label" and label in (None, column.name)]
     best = next((i for i in labels if LABEL_NAME.fullmatch(columns[i].name)), labels[0] if labels else None)
-    for i in labels:
-        if i != best:
-            columns[i] = columns[i]._replace(kind="categorical")
+    for i, column in enumerate(columns):
+        if column.kind == "label" and i != best:
+            columns[i] = column._replace(kind="categorical")
     return columns, table.num_rows, complete
 
 
@@ -135,7 +139,7 @@ def list_column(name, column):
 
 def text_of(raw, args):
     """What was seen and the proposed command, as text."""
-    columns, rows, complete = columns_of(raw)
+    columns, rows, complete = columns_of(raw, args.label)
     heads = ("column", "looks like", "distinct", "missing %", "examples", "proposed", "")
     lines = [heads] + [(column.name, column.looks, str(column.distinct), f"{100 * column.missing:.2f}",
                         brief([brief(example, 16) for example in column.examples], 40),
@@ -153,18 +157,19 @@ def command_of(columns, args):
     names = {}
     for column in columns:
         names.setdefault(column.kind, []).append(column.name)
-    options = [f"--input {shlex.quote(str(path))}" for path in args.input] + ["--output_dir DATA_DIR"]
-    options += [f"--label {shlex.quote(names['label'][0])}" if "label" in names else "--label LABEL_COLUMN"]
-    for kind in ("categorical", "numeric", "list", "drop"):
-        if kind in names:
-            options.append(f"--{kind} {shlex.quote(','.join(names[kind]))}")
+    options = [("input", path) for path in args.input] + [("val_input", path) for path in args.val_input or ()]
+    options += [("test_input", path) for path in args.test_input or ()] + [("output_dir", "DATA_DIR")]
+    options.append(("label", names["label"][0] if "label" in names else "LABEL_COLUMN"))
+    options += [(kind, join_names(names[kind])) for kind in ("categorical", "numeric", "list", "drop") if kind in names]
     bins = [f"{column.name}=50" for column in columns if column.kind == "numeric" and column.looks == "numbers"]
     hashes = [column.note.split(":")[0] for column in columns if column.kind == "hash"]
-    options += [f"--numeric_bins {shlex.quote(','.join(bins))}"] * bool(bins)
-    options += [f"--hash {shlex.quote(','.join(hashes))}"] * bool(hashes)
-    options += [column.note for column in columns if column.kind == "list" and column.note.startswith("--")][:1]
+    options += [(name, join_names(values)) for name, values in (("numeric_bins", bins), ("hash", hashes)) if values]
+    options += [("list_separator", column.note.split()[1].strip("'")) for column in columns
+                if column.kind == "list" and column.note.startswith("--list_separator")][:1]
+    if args.separator:
+        options.append(("separator", {"\t": "tab"}.get(args.separator, args.separator)))
     if args.columns:
-        options.append(f"--columns {shlex.quote(','.join(args.columns))}")
-    if args.no_quotes:
-        options.append("--no_quotes")
-    return "python tools/table_to_parquet.py " + " \\\n    ".join(options)
+        options.append(("columns", join_names(args.columns)))
+    options = [(name, str(value)) for name, value in options]
+    words = [f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}" for name, value in options]
+    return "python tools/table_to_parquet.py " + " \\\n    ".join(words + ["--no_quotes"] * args.no_quotes)

@@ -20,7 +20,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tools.converter.values import BadValue, as_lists, as_numbers, as_text, one_array
+from tools.converter.values import (
+    MAX_INTEGER,
+    MIN_INTEGER,
+    BadValue,
+    as_lists,
+    as_numbers,
+    as_text,
+    whole_numbers,
+)
 from tools.converter.vocabulary import (
     NO_TEXTS,
     Vocabulary,
@@ -37,7 +45,6 @@ from tools.trainer.cli import UserError, brief, first_line
 from tools.trainer.dataset_info import ADVICE, INFO, read_info
 from tools.trainer.places import as_place
 
-MIN_INTEGER, MAX_INTEGER = -(1 << 31), 1 << 53
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
 LARGEST_TABLE = (1 << 31) - 1
 
@@ -300,28 +307,6 @@ def buckets(values):
     return np.where(values < 0, values, result).astype(np.int32)
 
 
-def whole_numbers(column):
-    """int64 (n) of a column, missing values 0. Raises: BadValue for what is not whole or out of range."""
-    column = one_array(column)
-    if pa.types.is_int64(column.type):
-        values = (column.fill_null(0) if column.null_count else column).to_numpy()
-    else:
-        values = as_numbers(column)
-        values = np.where(np.isnan(values), 0, values) if np.isnan(values).any() else values
-    if len(values) and not (values.min() >= MIN_INTEGER and values.max() <= MAX_INTEGER):
-        raise _not_whole(values, (values < MIN_INTEGER) | (values > MAX_INTEGER))
-    integers = values.astype(np.int64, copy=False)
-    if values.dtype != np.int64 and not (integers == values).all():
-        raise _not_whole(values, integers != values)
-    return integers
-
-
-def _not_whole(values, bad):
-    row = int(np.flatnonzero(bad)[0])
-    return BadValue(row, repr(values[row].item()), WHOLE_NUMBER)
-
-
-WHOLE_NUMBER = f"a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
 BUCKET_RULE = "floor(ln(v)^2) if v > 2 else v"
 
 

@@ -43,6 +43,16 @@ label: name of the label column, or None; unlabelled: whether a file without hea
 """
 
 
+def format_again(raw, unlabelled=False):
+    """RawFormat of new rows that look like those of a dataset; raw: the entry of that name in its dataset_info.json."""
+    # rows without header are told from rows with one by the names; where there was none, or either may be, both
+    # are right
+    header = None if raw.get("header", True) in (False, None) else True
+    separator = raw.get("separator")  # one that is found by looking may be another one in the new files
+    separator = None if separator is None or separator in SEPARATORS else separator
+    return RawFormat(raw.get("columns"), header, separator, raw.get("quotes", True), raw.get("label"), unlabelled)
+
+
 # ------------------------------------------------------------------------------------------------------- finding files
 
 

@@ -1,15 +1,13 @@
 """A block of raw rows -> rows of tokens, or of ids: the work that both engines hand to their workers."""
 
-import re
 from collections import namedtuple
 
 import numpy as np
 import pyarrow as pa
 
-from tools.converter.encoders import MAX_INTEGER, MIN_INTEGER, WHOLE_NUMBER
 from tools.converter.splits import TRAIN
 from tools.converter.spool import RowLayout, shares_of, shuffle_keys
-from tools.converter.values import LABELS, BadValue, as_labels, is_number
+from tools.converter.values import LABELS, BadValue, as_labels, number_problem
 from tools.trainer.dataset_info import SPLITS
 
 SAMPLE_ROWS = 1 << 18  # rows of which quantiles are taken
@@ -131,19 +129,10 @@ class RowMaker:
         return labels, [field.local_ids(column) for field, column in zip(fields, columns)]
 
 
-def is_whole_number(text):
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
-        return False
-    value = float(text)
-    return value.is_integer() and MIN_INTEGER <= value <= MAX_INTEGER
-
-
 def cell_problem(field, text):
     """What was expected instead of a cell's text, or None where it is right."""
-    if field.raw_type == pa.int64():
-        return None if not text or is_whole_number(text) else WHOLE_NUMBER
-    if field.raw_type == pa.float64():
-        return None if not text or is_number(text) else "a number, or nothing"
+    if field.raw_type != pa.string():
+        return number_problem(field.raw_type, text)
     try:
         field.tokens(pa.array([text]))
         return None

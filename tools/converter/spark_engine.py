@@ -202,12 +202,16 @@ class SparkEngine:
             counted.drop("frequent", "rank", "ord").write.partitionBy("field").parquet(str(self.scratch / "counts"))
         return (self._field_counts(number, field) for number, field in enumerate(fields))
 
+    def read(self, path):
+        """DataFrame of parquet files in the scratch folder, whose path is no pattern."""
+        return self.spark.read.parquet(re.sub(r"([\\*?\[\]{}])", r"\\\1", str(path)))
+
     def _base_counts(self, fields):
         """DataFrame of what the dataset that is to grow has counted."""
         path = self.scratch / "base.parquet"
         tables = [count_table(number, *field.count_old()) for number, field in enumerate(fields)]
         pq.write_table(pa.concat_tables(tables), path)
-        return self.spark.read.parquet(str(path))
+        return self.read(path)
 
     def _field_counts(self, number, field):
         folder = self.scratch / "counts" / f"field={number}"
@@ -237,7 +241,7 @@ class SparkEngine:
             # sorting looks at its input twice
             blocks.mapInArrow(encode_places(shared), schema).write.parquet(str(self.scratch / "encoded"))
         with self._progress("sorting", rows):
-            encoded = self.spark.read.parquet(str(self.scratch / "encoded"))
+            encoded = self.read(self.scratch / "encoded")
             encoded.orderBy("split", "key").drop("split", "key").write.parquet(str(self.scratch / "sorted"))
         return self.scratch / "sorted"
 
@@ -264,16 +268,19 @@ def signals_held():
 
 
 def start_spark(args, scratch):
-    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
-        raise UserError("--engine spark needs Java (8, 11 or 17), which is not here; install it or use --engine arrow")
+    home = os.environ.get("JAVA_HOME")
+    if not shutil.which(os.path.join(home, "bin", "java") if home else "java"):
+        where = f"in JAVA_HOME {home}" if home else "here"
+        raise UserError(f"--engine spark needs Java (8, 11 or 17), which is not {where}; install it or use --engine "
+                        "arrow")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     if args.spark_master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # no look-up of the machine's name
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
-        raise UserError(f"--engine spark needs pyspark ({error}); pip install -r tools/requirements_spark.txt, "
-                        "or use --engine arrow") from None
+        raise UserError(f"--engine spark needs PySpark ({first_line(error)}); run `bash tools/setup_env.sh spark`, or "
+                        "use --engine arrow") from None
     logging.disable()  # on Ctrl-C py4j logs a traceback
     log_settings = scratch / "log4j2.properties"
     log_settings.write_text(NO_LOG)  # errors are reported by worker_error

@@ -5,11 +5,15 @@ As text: strings as they are, whole numbers in decimal digits, floats that are w
 and decimals as Arrow prints them. What is missing is the empty text.
 """
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 WHOLE = 1 << 53  # floats below it hold every whole number
+MIN_INTEGER, MAX_INTEGER = -(1 << 31), WHOLE  # of whole numbers that are not categories
+WHOLE_NUMBER = f"a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
 
 
 class BadValue(ValueError):
@@ -114,6 +118,41 @@ def is_number(text):
         return True
     except pa.ArrowInvalid:
         return False
+
+
+def whole_numbers(column):
+    """int64 (n) of a column, missing values 0. Raises: BadValue for what is not whole or out of range."""
+    column = one_array(column)
+    if pa.types.is_int64(column.type):
+        values = (column.fill_null(0) if column.null_count else column).to_numpy()
+    else:
+        values = as_numbers(column)
+        values = np.where(np.isnan(values), 0, values) if np.isnan(values).any() else values
+    if len(values) and not (values.min() >= MIN_INTEGER and values.max() <= MAX_INTEGER):
+        raise _not_whole(values, (values < MIN_INTEGER) | (values > MAX_INTEGER))
+    integers = values.astype(np.int64, copy=False)
+    if values.dtype != np.int64 and not (integers == values).all():
+        raise _not_whole(values, integers != values)
+    return integers
+
+
+def _not_whole(values, bad):
+    row = int(np.flatnonzero(bad)[0])
+    return BadValue(row, repr(values[row].item()), WHOLE_NUMBER)
+
+
+def is_whole_number(text):
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return False
+    value = float(text)
+    return value.is_integer() and MIN_INTEGER <= value <= MAX_INTEGER
+
+
+def number_problem(kind, text):
+    """What was expected instead of a cell's text where numbers are read as `kind` (int64 or float64), or None."""
+    if kind == pa.int64():
+        return None if not text or is_whole_number(text) else WHOLE_NUMBER
+    return None if not text or is_number(text) else "a number, or nothing"
 
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1}

@@ -3,23 +3,32 @@
 import numpy as np
 import pyarrow as pa
 
+from tools.converter.raw import RawParquet
 from tools.serving.onnx_graph import steps_of
+from tools.serving.rows import IdRows, dataset_info_of
 from tools.trainer import checkpoints
+from tools.trainer.cli import UserError, first_line
 from tools.trainer.dataset_info import parquet_files
-from tools.trainer.places import as_place, parquet_file
+from tools.trainer.places import as_place
 
 UNKNOWN = "\x7fnot in any vocabulary"
 
 
 def rows_to_compare(predictor, data_dir, encoder, limit):
-    """(ids int64 (n, C), Table of raw columns or None without an encoder, text on where they are from)"""
+    """(ids int64 (n, C), Table of raw columns or None without an encoder, text on where they are from)
+
+    data_dir: dataset, or None for the one of the training run, where it is still there.
+    """
     model = predictor.model
-    data_dir = data_dir or checkpoints.read_checkpoint(model.folder).get("data", {}).get("dir")
-    folder = as_place(data_dir) / "val" if data_dir else None
-    if folder is not None and folder.is_dir():
-        ids = first_rows(folder, model.columns, limit)
-        where = f"{len(ids)} rows of {folder}"
-    else:
+    place = data_dir or checkpoints.read_checkpoint(model.folder).get("data", {}).get("dir")
+    try:
+        ids = first_rows(as_place(place) / "val", model, limit) if place else None
+        where = f"{len(ids)} rows of {as_place(place) / 'val'}" if place else None
+    except (UserError, OSError) as error:
+        if data_dir:
+            raise UserError(f"--data_dir {data_dir} cannot be compared on: {first_line(error)}") from None
+        ids = None  # moved, or replaced since
+    if ids is None:
         rng = np.random.default_rng(0)
         low, high = model.offsets[model.field_of], model.offsets[model.field_of + 1]
         ids = rng.integers(low, high, (min(limit, 10000), len(low)))
@@ -30,15 +39,18 @@ def rows_to_compare(predictor, data_dir, encoder, limit):
     return encoder.encode(table).astype(np.int64), table, where
 
 
-def first_rows(folder, columns, limit):
+def first_rows(folder, model, limit):
+    """Ids int64 (at most limit, C) of shards. Raises: UserError where they are none of the model's data."""
+    raws = [RawParquet(path) for path in parquet_files(folder)]
     parts, rows = [], 0
-    for path in parquet_files(folder):
-        for batch in parquet_file(path).iter_batches(columns=columns):
-            parts.append(np.stack([batch.column(name).to_numpy() for name in columns], axis=1).astype(np.int64))
-            rows += batch.num_rows
-            if rows >= limit:
-                return np.concatenate(parts)[:limit]
-    return np.concatenate(parts)
+    for ids, *_ in IdRows(raws, dataset_info_of(folder), None, model, (), "error").blocks():
+        parts.append(ids)
+        rows += len(ids)
+        if rows >= limit:
+            break
+    if not rows:
+        raise UserError(f"{folder} has no rows")
+    return np.concatenate(parts)[:limit]
 
 
 def raw_values(encoder, ids):

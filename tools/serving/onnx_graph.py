@@ -5,6 +5,7 @@ borders. All numeric fields are encoded together. Letters: N rows, F fields, D e
 """
 
 import json
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -94,12 +95,13 @@ def add_numbers(graph, fields, offsets):
     table = np.zeros((len(fields), width + 1), np.int64)
     for row, (field, (own, ids)) in enumerate(zip(fields, steps)):
         borders[row, :len(own)] = own
+        table[row] = ids[-1] + offsets[field.name]  # also of infinity, which reaches the borders that only fill up
         table[row, :len(ids)] = ids + offsets[field.name]
     missing = graph.add("IsNaN", values) if real else None
     cut = [[MIN_INTEGER + 1, MAX_INTEGER] if field.kind == "bucket" and field.own_missing else [-np.inf, np.inf]
            for field in fields]
     if real and any(np.isfinite(low) for low, _ in cut):
-        low, high = (graph.constant(np.array([pair]), "cut") for pair in zip(*cut))
+        low, high = (graph.constant(np.array([pair], np.float64), "cut") for pair in zip(*cut))
         values = graph.add("Min", graph.add("Max", values, low), high)
     values = truncated(graph, values, [field.kind == "bucket" and field.own_missing for field in fields])
     column = graph.add("Unsqueeze", values, graph.constant(np.array([2])))
@@ -136,6 +138,8 @@ def add_category(graph, field, offset):
     ids = (np.arange(len(texts)) + field.first_id + offset).tolist()
     if field.length is not None:
         texts, ids = [*texts, ""], [*ids, offset]  # absent elements
+    elif not texts:
+        texts, ids = [""], [field.oov + offset]  # the operator wants one
     return graph.add("LabelEncoder", graph.input(input_of(field)), domain="ai.onnx.ml", keys_strings=texts,
                      values_int64s=ids, default_int64=field.oov + offset)
 
@@ -246,15 +250,12 @@ def add_model(graph, weights, vectors, sums, order):
         if number < len(weights.layers) - 1:
             x = graph.add("Relu", x)
     logits = graph.add("Add", graph.add("Add", first_order, pairs), x)
-    return graph.add("Sigmoid", graph.add("Squeeze", logits, one))
-
-
-def corrected(graph, probs, rate):
-    """p / (p + (1 - p) / r): negatives were sampled with the rate r."""
-    if rate in (None, 1):
-        return probs
-    rest = graph.add("Div", graph.add("Sub", graph.constant(np.float32(1)), probs), graph.constant(np.float32(rate)))
-    return graph.add("Div", probs, graph.add("Add", probs, rest))
+    rate = model.get("negative_sampling_rate") or 1
+    if rate != 1:  # as EvalGraph does it: p / (p + (1 - p) / rate) of probabilities loses digits near 1
+        logits = graph.add("Add", logits, graph.constant(np.float32([math.log(rate)])))
+    # in double precision: ONNX Runtime's sigmoid of floats is off by up to 1e-7, which is much for rare clicks
+    probs = graph.add("Sigmoid", graph.add("Cast", graph.add("Squeeze", logits, one), to=REAL))
+    return graph.add("Cast", probs, to=TensorProto.FLOAT)
 
 
 def build(weights, encoder, raw, folder):
@@ -272,7 +273,6 @@ def build(weights, encoder, raw, folder):
     offsets = dict(zip(model["fields"], np.cumsum([0, *model["table_sizes"]]).tolist()))
     vectors, sums = add_vectors(graph, weights, ids, list_ids, offsets)
     probs = add_model(graph, weights, vectors, sums, [*order, *list_ids])
-    probs = corrected(graph, probs, weights.state["run"].get("negative_sampling_rate"))
     graph.nodes.append(helper.make_node("Identity", [probs], ["probability"]))
     output = helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["rows"])
     proto = helper.make_graph(graph.nodes, "DeepFM", graph.inputs, [output], graph.constants)
@@ -285,7 +285,10 @@ def build(weights, encoder, raw, folder):
 def metadata(weights, encoder, raw, columns, folder):
     """Texts that the file carries; tools/score_onnx.py reads `raw`."""
     state = weights.state
-    described = {"inputs": "raw" if raw else "ids", "fields": state["model"]["fields"], "columns": columns,
+    model, ends = state["model"], np.cumsum([0, *state["model"]["table_sizes"]]).tolist()
+    limits = [ends[place:place + 2] for place, field in enumerate(model["fields"])
+              for _ in model.get("lists", {}).get(field, [field])]
+    described = {"inputs": "raw" if raw else "ids", "fields": model["fields"], "columns": columns, "limits": limits,
                  "fingerprint": state.get("data", {}).get("fingerprint"), "checkpoint": str(folder),
                  "metrics": state["progress"]["best"], "step": state["progress"]["step"]}
     if raw:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from tools.converter.raw import RawFormat, list_files, open_raw
-from tools.converter.values import BadValue, as_lists, as_numbers, as_text
+from tools.converter.raw import format_again, list_files, open_raw
+from tools.converter.values import BadValue, as_lists, as_numbers, as_text, number_problem, whole_numbers
 from tools.trainer.cli import UserError, brief, shorten
 
 KINDS = {"tensor(int64)": pa.int64(), "tensor(double)": pa.float64(), "tensor(string)": pa.string()}
@@ -29,7 +29,7 @@ class OnnxModel:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             props = self.session.get_modelmeta().custom_metadata_map
             self.described = {key: props[key] if key == "inputs" else json.loads(props[key])
-                              for key in ("inputs", "columns", "raw", "separators") if key in props}
+                              for key in ("inputs", "columns", "raw", "separators", "limits") if key in props}
             self.raw = self.described["inputs"] == "raw"
         except Exception as error:  # ONNX Runtime raises kinds of its own
             text = " ".join(str(error).split()) or type(error).__name__
@@ -45,32 +45,31 @@ class OnnxModel:
         """Inputs for a pyarrow Table of raw columns, or of columns of ids. Raises: BadValue"""
         if not self.raw:
             names = self.described["columns"]
-            return {"ids": np.stack([whole(column_of(table, name), name) for name in names], axis=1)}
+            limits = self.described.get("limits") or [[0, None]] * len(names)
+            return {"ids": np.stack([of_column(name, ids_of, column_of(table, name), *limit)
+                                     for name, limit in zip(names, limits)], axis=1)}
         feed = {}
         for name, (kind, length) in self.inputs.items():
             column = column_of(table, name)
-            if length > 1:
-                feed[name] = lists(column, self.described["separators"][name], length)
+            if name in self.described["separators"]:
+                feed[name] = of_column(name, lists, column, self.described["separators"][name], length)
             elif kind == pa.int64():
-                feed[name] = whole(column, name)[:, None]
+                feed[name] = of_column(name, whole_numbers, column)[:, None]
             elif kind == pa.float64():
-                feed[name] = as_numbers(column)[:, None]
+                feed[name] = of_column(name, as_numbers, column)[:, None]
             else:
-                feed[name] = as_text(column).to_numpy(zero_copy_only=False)[:, None]
+                feed[name] = of_column(name, as_text, column).to_numpy(zero_copy_only=False)[:, None]
         return feed
 
     def types(self):
         """{column: type in which a text file's cells are read}"""
         if not self.raw:
             return dict.fromkeys(self.described["columns"], pa.int64())
-        return {name: pa.string() if length > 1 else kind for name, (kind, length) in self.inputs.items()}
+        return {name: kind for name, (kind, _) in self.inputs.items()}
 
     def open(self, path):
         """Raw files of an input, which have all columns of the model."""
-        described = self.described.get("raw", {})
-        header = None if described.get("header") is False else True
-        form = RawFormat(described.get("columns"), header, None, described.get("quotes", True),
-                         described.get("label"), True)
+        form = format_again(self.described.get("raw", {}), unlabelled=True)
         raws = [open_raw(file, form) for file in list_files(path)]
         for raw in raws:
             raw.check_columns(list(self.types()))
@@ -78,14 +77,22 @@ class OnnxModel:
 
     def blocks(self, raw, keep=()):
         """Yield (probabilities (n,), Table of the kept columns or None) of a raw file. Raises: UserError"""
-        types = {**dict.fromkeys(keep, pa.string()), **self.types()}
+        types = {**self.types(), **dict.fromkeys(keep, pa.string())}  # what is kept stays as it stands in the file
         for block in raw.blocks(None if raw.is_text else list(types)):
-            table = raw.table(block, types, lambda cells: None)
+            table = raw.table(block, types, self.problem)
             try:
                 yield self.run(self.feed(table)), table.select(list(keep)) if keep else None
             except BadValue as error:
-                error.column = getattr(error, "column", "a column")
+                raw.check_lines(block, self.problem)  # has the text as it stands in the file
                 raise raw.bad_value(block, error) from None
+
+    def problem(self, cells):
+        """What is wrong with the cells {raw column: text} of a line, or None."""
+        for name, kind in self.types().items():
+            expected = number_problem(kind, cells[name]) if kind != pa.string() else None
+            if expected:
+                return f"{name} is {cells[name]!r}, expected {expected}"
+        return None
 
 
 def column_of(table, name):
@@ -94,15 +101,23 @@ def column_of(table, name):
     return table.column(name)
 
 
-def whole(column, name):
-    """int64 (n) of a column of whole numbers; what is missing is 0, as in Criteo's encoding. Raises: BadValue"""
-    values = as_numbers(column)
-    values = np.where(np.isnan(values), 0, values)
-    wrong = np.flatnonzero(values != np.floor(values))
-    if len(wrong):
-        error = BadValue(int(wrong[0]), repr(values[wrong[0]].item()), "a whole number, or nothing")
+def of_column(name, convert, column, *values):
+    """convert(column, *values); a value that it refuses is named with its column."""
+    try:
+        return convert(column, *values)
+    except BadValue as error:
         error.column = name
-        raise error
+        raise
+
+
+def ids_of(column, low, high):
+    """int64 (n) of a column of ids from low to below high (None: no limit is known). Raises: BadValue"""
+    values = as_numbers(column)
+    known = (values >= low) & (values < (np.inf if high is None else high)) & (values == np.floor(values))
+    if not known.all():
+        row = int(np.flatnonzero(~known)[0])
+        value = "missing" if np.isnan(values[row]) else repr(values[row].item())
+        raise BadValue(row, value, f"an id in [{low}, {'...' if high is None else high})")
     return values.astype(np.int64)
 
 

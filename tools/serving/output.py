@@ -15,6 +15,19 @@ def prediction_schema(kept):
     return pa.schema([pa.field("probability", pa.float32()), *kept])
 
 
+def rows_table(schema, probs, kept):
+    """Table of probs float32 (n,) and of kept, a Table (n) or None."""
+    return pa.Table.from_arrays([pa.array(probs), *(kept.columns if kept is not None else [])], schema=schema)
+
+
+def csv_writer(file, schema, name):
+    """pyarrow's CSVWriter to a path or file that messages call `name`. Raises: UserError for lists, say."""
+    try:
+        return pa_csv.CSVWriter(file, schema, write_options=pa_csv.WriteOptions(quoting_style="needed"))
+    except pa.ArrowException as error:
+        raise UserError(f"{name} is CSV, which cannot take the columns to keep ({error}); write parquet") from None
+
+
 class PredictionFile:
     """Parquet, or CSV where the name ends in .csv: column `probability` (float32), then the columns that are kept.
 
@@ -26,20 +39,17 @@ class PredictionFile:
         self.schema = prediction_schema(kept)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         UNFINISHED.add(self.part)
-        if path.lower().endswith(".csv"):
-            options = pa_csv.WriteOptions(quoting_style="needed")
-            self.writer = pa_csv.CSVWriter(self.part, self.schema, write_options=options)
-        else:
-            self.writer = pq.ParquetWriter(self.part, self.schema)
+        try:
+            self.writer = (csv_writer(self.part, self.schema, path) if path.lower().endswith(".csv")
+                           else pq.ParquetWriter(self.part, self.schema))
+        except UserError:
+            self._remove()
+            raise
         self.rows = 0
 
     def write(self, probs, kept):
         """probs float32 (n,); kept: Table (n) or None."""
-        columns = kept.columns if kept is not None else []
-        try:
-            self.writer.write_table(pa.Table.from_arrays([pa.array(probs), *columns], schema=self.schema))
-        except pa.ArrowInvalid as error:  # lists in a CSV file
-            raise UserError(f"{self.path} cannot take the columns to keep ({error}); name a .parquet file") from None
+        self.writer.write_table(rows_table(self.schema, probs, kept))
         self.rows += len(probs)
 
     def __enter__(self):
@@ -51,13 +61,18 @@ class PredictionFile:
             if kind is None:
                 os.replace(self.part, self.path)
         finally:
-            with suppress(OSError):
-                os.remove(self.part)
-            UNFINISHED.discard(self.part)
+            self._remove()
+
+    def _remove(self):
+        with suppress(OSError):
+            os.remove(self.part)
+        UNFINISHED.discard(self.part)
 
 
 def check_output(path, overwrite, option="--predict_output"):
     """Raise a UserError where a file cannot be written under a name."""
+    if path != path.encode("utf-8", "replace").decode("utf-8"):
+        raise UserError(f"{option} {path} has bytes that are not UTF-8; use a name without them")
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a folder; name a file in it")
     if os.path.lexists(path) and not overwrite:

@@ -12,6 +12,7 @@ from tools.trainer import checkpoints
 from tools.trainer.batches import Batch, RowStream, no_rows, share_of
 from tools.trainer.cli import UserError
 from tools.trainer.processes import from_rank0, print_rank0, progress_bar, rank, world_size
+from tools.trainer.startup import check_thread
 
 
 def model_of(trainer):
@@ -67,9 +68,10 @@ class Predictor:
         """Probabilities float32 (n,), equal to those of --predict.
 
         rows: ids, integers (n, C), or raw columns: a pandas DataFrame, a pyarrow Table or {name: values}.
-        Raises: ValueError for ids outside their tables and values that a column cannot have; UserError where columns
-        are missing or raw rows cannot be encoded.
+        It works in the thread that imported OneFlow only. Raises: ValueError for ids outside their tables and values
+        that a column cannot have; UserError where columns are missing or raw rows cannot be encoded.
         """
+        check_thread()
         raw = isinstance(rows, (dict, pa.Table, pa.RecordBatch)) or hasattr(rows, "columns")
         ids = self.encode(rows) if raw else self.checked(np.asarray(rows))
         batches = batches_of([(ids,)] if len(ids) else [], self.trainer.dataset, self.trainer.args.batch_size)

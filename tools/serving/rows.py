@@ -13,7 +13,7 @@ import pyarrow.types as kinds
 
 from tools.converter.convert import format_of
 from tools.converter.encoders import Encoder
-from tools.converter.info import row_map
+from tools.converter.info import check_growth, row_map
 from tools.converter.raw import RawFormat, list_files, open_raw
 from tools.converter.rows import RowMaker
 from tools.converter.splits import ByFile
@@ -51,14 +51,18 @@ def open_rows(path, model, keep=(), unknown=None):
     return IdRows(raws, info, encoder, model, keep, unknown or "error")
 
 
-def dataset_info_of(path):
-    """dataset_info.json of the dataset that shards of ids belong to, or None where there is none with them."""
+def find_info(path):
+    """(folder, name) of the dataset_info.json of the dataset that shards of ids belong to, or None."""
     path = as_place(path).absolute()
     folder = path if path.is_dir() else path.parent
-    for there, name in ((folder, ROWS_INFO), (folder, INFO), (folder.parent, INFO)):
-        if (there / name).exists():
-            return read_info(there, name)
-    return None
+    there = ((folder, ROWS_INFO), (folder, INFO), (folder.parent, INFO))
+    return next(((folder, name) for folder, name in there if (folder / name).exists()), None)
+
+
+def dataset_info_of(path):
+    """Contents of that dataset_info.json, or None where there is none."""
+    found = find_info(path)
+    return read_info(*found) if found else None
 
 
 def holds_ids(raw, model):
@@ -109,6 +113,9 @@ class IdRows:
         if self.unknown == "error":
             raise UserError(f"{self.raws[0].path} is of a dataset that has grown since the model was trained; add "
                             "--unknown_ids oov to score its new tokens as out-of-vocabulary")
+        folder, name = find_info(self.raws[0].path)
+        if name == INFO and (folder / "vocabulary").is_dir():  # encode_rows.py leaves none with its rows
+            check_growth(self.encoder.info, Encoder.load(folder))
         places = np.full(sum(field["table_size"] for field in info["fields"]), -1, np.int64)
         moved = row_map(self.encoder.info, info)
         places[moved] = np.arange(len(moved))

@@ -5,7 +5,9 @@ Imports nothing beyond the standard library, so that a script can be interrupted
 
 import argparse
 import codecs
+import csv
 import errno
+import io
 import math
 import os
 import re
@@ -46,6 +48,11 @@ class Parser(argparse.ArgumentParser):
             with suppress(OSError):
                 sys.stderr.write(f"error: {message} (see --help)\n")
         sys.exit(2)
+
+
+def raise_error(message):
+    """What a parser does with a mistake where the process is not its own."""
+    raise UserError(message)
 
 
 def number(kind, low=None, high=None, open_low=False):
@@ -96,9 +103,25 @@ def float_list(length, low, high):
     return convert_all
 
 
+def split_names(text):
+    """'a,b' -> ['a', 'b'], as a line of CSV: a name with a comma stands in double quotes, '"a,b",c'."""
+    try:
+        return next(csv.reader([text], strict=True), [""])
+    except csv.Error:  # quotes that are part of a name
+        return text.split(",")
+
+
+def join_names(names):
+    """The text of which split_names makes the names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(names)
+    plain = ",".join(names)
+    return plain if split_names(plain) == list(names) else text.getvalue()
+
+
 def name_list(text):
     """An argparse type: 'a,b' -> ['a', 'b']"""
-    names = text.split(",")
+    names = split_names(text)
     if not all(names):
         raise argparse.ArgumentTypeError(f"{brief(text)!r} is not a comma-separated list of names")
     return names
@@ -188,8 +211,10 @@ def _end_early(number, _):
 
 
 def start_script():
-    """Before a script's slow imports: let signals end it in one line, and refuse what no launcher would set."""
+    """Before a script's slow imports: let signals and missing packages end it in one line, and refuse what no launcher
+    would set."""
     mend_streams()
+    sys.excepthook = _say_missing_package
     signal.signal(signal.SIGINT, _end_early)
     signal.signal(signal.SIGTERM, _end_early)
     try:
@@ -197,6 +222,17 @@ def start_script():
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def _say_missing_package(kind, error, trace):
+    """An excepthook: one line for a package that this Python has not, tracebacks for all else."""
+    if kind is not ModuleNotFoundError or not error.name:
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # one voice is enough
+        package = error.name.split(".")[0]
+        extra = " onnx" if package in ("onnx", "onnxruntime") else ""
+        print(f"error: {sys.executable} has no package {package}; install it, or use .venv/bin/python of the "
+              f"environment that `bash tools/setup_env.sh{extra}` makes", file=sys.stderr)
 
 
 def mend_streams():
@@ -262,6 +298,8 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
         return 1
     except OSError as error:
         message, code = os_error_text(error, full_disk), 1
+    except UnicodeEncodeError as error:  # of Arrow, for a path
+        message, code = f"{brief(error.object)} has bytes that are not UTF-8; use names without them", 1
     except MemoryError:
         message, code = "out of memory; use less data at a time, or a machine with more", 1
     except KeyboardInterrupt:

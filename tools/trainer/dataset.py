@@ -344,11 +344,11 @@ def use_columns(dataset, split, weight_column, group_column):
             raise UserError(f"{option} is not a column of {split.files[0]}; its columns are {shorten(split.columns)}")
         kinds = {schema.field(column).type for schema in split.schemas}
         usable = (pa.types.is_signed_integer, pa.types.is_uint8, pa.types.is_float32, pa.types.is_float64,
-                  *([pa.types.is_string] if part == "groups" else []))  # of what petastorm reads
+                  pa.types.is_string)  # of what petastorm reads
         wrong = [kind for kind in kinds if not any(is_usable(kind) for is_usable in usable)]
         if wrong:
             raise UserError(f"{option} is of type {wrong[0]} in {split.files[0]}, expected "
-                            f"{'signed integers, floats or text' if part == 'groups' else 'numbers'}")
+                            f"signed integers, floats or text{'' if part == 'groups' else ' that is a number'}")
     if weight_column:
         if weight_column in (LABEL, *dataset.columns):
             raise UserError(f"--weight_column {weight_column} is {'the label' if weight_column == LABEL else 'a field'}"
@@ -361,7 +361,7 @@ def check_weights(split, column):
     totals = np.zeros(2)  # of the labels 0 and 1
     for path in split.files:
         for rows in parquet_file(path).iter_batches(1 << 20, columns=[column, LABEL]):
-            weights = rows.column(column).to_numpy(zero_copy_only=False).astype(np.float32)
+            weights = weight_numbers(rows.column(column).to_numpy(zero_copy_only=False), column, split)
             wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
             if len(wrong):
                 raise UserError(f"--weight_column {column} of the {split.name} split has the weight {wrong[0]:g}, "
@@ -374,10 +374,19 @@ def check_weights(split, column):
                         "both labels")
 
 
+def weight_numbers(values, column, split):
+    """float32 (n,) of numbers, or of texts that are numbers: kept columns of text files stay text. Raises: UserError"""
+    try:
+        return values.astype(np.float32)
+    except (TypeError, ValueError) as error:  # an empty text, or a missing one
+        raise UserError(f"--weight_column {column} of the {split.name} split has text that is no number "
+                        f"({first_line(error)}), expected finite numbers from 0 on") from None
+
+
 def extra_columns(split, rows):
     """What a block has behind ids and labels: an array for each of the split's extras; rows: has the columns."""
-    convert = {"weights": lambda column: column.astype(np.float32), "groups": group_numbers}
-    return [convert[part](getattr(rows, column)) for part, column in split.extras.items()]
+    return [weight_numbers(getattr(rows, column), column, split) if part == "weights" else
+            group_numbers(getattr(rows, column)) for part, column in split.extras.items()]
 
 
 def group_numbers(column):

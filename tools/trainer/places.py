@@ -53,11 +53,26 @@ def open_regular(path):
     return file
 
 
+def arrow_file(path):
+    """A file of any place for Arrow to read.
+
+    Local ones are Arrow's own: its threads let go of a file a moment after a read has ended, and if that is one of
+    Python's and Python has ended, the process aborts. Raises: OSError, see `open_regular`.
+    """
+    import pyarrow as pa
+
+    path = as_place(path)
+    if isinstance(path, Remote):
+        return path.open("rb")
+    with open_regular(path) as file:
+        return pa.OSFile(f"/proc/self/fd/{file.fileno()}")  # Arrow takes no path with bytes that are not UTF-8
+
+
 def parquet_file(path):
     """pyarrow's ParquetFile of a place."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(open_regular(path))  # Arrow itself takes no path with bytes that are not UTF-8
+    return pq.ParquetFile(arrow_file(path))
 
 
 def copy(source, target):

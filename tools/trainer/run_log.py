@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 import psutil
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from tools.trainer.cli import UserError
 from tools.trainer.files import check_json, count, list_folder
 from tools.trainer.places import open_regular
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import print_rank0, rank, world_size
-from tools.trainer.startup import BLAS, flow
+from tools.trainer.startup import BLAS, environment_kept, flow
 from tools.trainer.tables import OPTIMIZERS
+
+with environment_kept():
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
 EVENTS = "deepfm.out.tfevents."  # TensorBoard looks for "tfevents"; the rest is our mark
 LINE = {"event": str, "step": count}

@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from tools.trainer.cli import LAUNCH_VARIABLES, is_launched, launch_number
+from tools.trainer.cli import LAUNCH_VARIABLES, UserError, is_launched, launch_number
 
 # what OneFlow says of a machine without a GPU or InfiniBand
 HARMLESS = ("libibverbs not available, ibv_fork_init skipped",
@@ -152,22 +152,32 @@ def interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
+@contextmanager
+def environment_kept():
+    """Undo what an import inside does to the environment variables of this process."""
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name not in environment]:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+
+
 def import_oneflow():
     """`import oneflow` without its side effects on this process: environment, messages."""
-    environment = dict(os.environ)
-    if not is_launched():
-        for name in LAUNCH_VARIABLES:  # some of them are set for other programs
-            os.environ.pop(name, None)
-    with without_harmless_lines():
-        import oneflow
+    with environment_kept():
+        if not is_launched():
+            for name in LAUNCH_VARIABLES:  # some of them are set for other programs
+                os.environ.pop(name, None)
+        with without_harmless_lines():
+            import oneflow
 
-        oneflow.cuda.is_available()  # looks for a driver, and says so, once
-    for name in [name for name in os.environ if name not in environment]:
-        del os.environ[name]
-    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+            oneflow.cuda.is_available()  # looks for a driver, and says so, once
     return oneflow
 
 
+THREAD = threading.get_ident()  # OneFlow computes in the thread that imports it only
 wait_for_first_process()
 with interrupts_held():
     BLAS = preload_blas()
@@ -175,6 +185,13 @@ with interrupts_held():
 
 
 # ------------------------------------------------------------------------------------------------------------ for a run
+
+
+def check_thread():
+    """Raise a UserError in a thread where OneFlow cannot compute."""
+    if threading.get_ident() != THREAD:
+        raise UserError("OneFlow computes in the thread that imported it only, the main one say; give it the rows of "
+                        "other threads through a queue, or serve the model as ONNX (tools/export_onnx.py)")
 
 
 def prepare_run(on_cpu):

@@ -69,7 +69,7 @@ def compare(args, path, encoder):
 def export(args):
     check_output(args.output, args.overwrite, "--output")
     weights = read_weights(args.model_load_dir, not args.skip_checksums)
-    encoder = encoder_of(args.model_load_dir) if args.inputs == "raw" else None
+    encoder = encoder_of(args.model_load_dir, not args.skip_checksums) if args.inputs == "raw" else None
     proto = onnx_graph.build(weights, encoder, args.inputs == "raw", args.model_load_dir)
     inputs = shorten([node.name for node in proto.graph.input])
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
-from tools.trainer.dataset import Dataset, Split
+from tools.trainer.dataset import Dataset, Split, add_digests, read_dataset_info
 from tools.trainer.dataset_info import LABEL
 from tools.trainer.places import as_place
 from tools.trainer.startup import prepare_run
@@ -61,7 +61,9 @@ BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 def load(args):
     """A Trainer with the checkpoint's model; its dataset has the val split only."""
     state = checkpoints.read_checkpoint(args.model_load_dir)
-    split = Split(as_place(args.data_dir) / "val", "val")
+    split, known = Split(as_place(args.data_dir) / "val", "val"), read_dataset_info(args.data_dir)
+    if known.get("files"):
+        add_digests({"val": split}, known["files"], args.data_dir)
     missing = [name for name in (LABEL, *state["model"]["fields"]) if name not in split.columns]
     if missing:
         raise UserError(f"{split.files[0]} lacks the columns {shorten(missing)} of the checkpoint's data; give the "

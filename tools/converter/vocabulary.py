@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tools.converter.spool import shuffle_keys
 from tools.trainer.cli import UserError, first_line
+from tools.trainer.places import open_regular
 
 RARE_TOKENS = 1 << 20  # tokens below the threshold whose counts are kept for growth, per field: the most frequent ones
 NO_TEXTS = (np.empty(0, np.uint64), pa.array([], pa.string()))
@@ -141,7 +142,7 @@ def write_tokens(path, texts, numbers):
 def read_tokens(path, columns):
     """{column: Array} of such a file. Raises: UserError"""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             table = pq.read_table(pa.PythonFile(file), columns=columns)
         if table.column_names != columns:
             raise ValueError(f"it has the columns {', '.join(table.column_names)}, expected {', '.join(columns)}")

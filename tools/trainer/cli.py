@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # its line is said; the end takes a while
         if launch_number("RANK", 0) == 0:
             with suppress(OSError):
-                sys.stderr.write(f"error: {message} (see --help)\n")
+                sys.stderr.write(f"error: {one_line(message)} (see --help)\n")
         sys.exit(2)
 
 
@@ -158,6 +158,11 @@ def shorten(names):
     return ", ".join(names if len(names) <= 6 else names[:3] + ["..."] + names[-2:]) + f" ({len(names)})"
 
 
+def one_line(message):
+    """A message whose names of files or columns may have line breaks, which become escapes."""
+    return "".join(repr(letter)[1:-1] if letter.splitlines() == [""] else letter for letter in message)
+
+
 def first_line(error):
     """What an exception says, in one line; the name of its class when it says nothing."""
     lines = str(error).strip().splitlines()
@@ -195,7 +200,7 @@ def start_script():
     try:
         check_launch()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
 
 
@@ -269,5 +274,5 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     except SystemExit as error:
         message, code = f"terminated{ending}", error.code
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code

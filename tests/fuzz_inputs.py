@@ -64,13 +64,16 @@ KINDS = {
     "raw_csv": Kind("raw", ["rows/new.csv"], ANY, ("predict csv",), False),
     "raw_gz": Kind("raw", ["rows/new.csv.gz"], ANY, ("predict csv.gz",), True),
     "raw_parquet": Kind("raw", ["rows/new.parquet"], ANY, ("predict parquet",), False),
-    "encoded_rows": Kind("raw", ["encoded/*"], ("json", *ANY), ("predict ids",), False),
+    "encoded_rows": Kind("raw", ["encoded/*.parquet"], ANY, ("predict ids",), True),
+    "encoded_info": Kind("raw", ["encoded/_dataset_info.json"], ("json", "json", *ANY), ("predict ids",), False),
     "packed": Kind("raw", PACKED, ("json", *ANY), MODEL_USERS, True),
     "packed_unchecked": Kind("raw", [*PACKED, *ENCODER], ANY, ("predict unchecked", "pack unchecked"), False),
     "encoder": Kind("raw", ENCODER, ("json", *ANY), MODEL_USERS, True),
     "encoder_forged": Kind("raw", ["packed/encoder/dataset_info.json"], ("forged info",), MODEL_USERS[:-1], False),
     "grown": Kind("raw", ["grown/dataset_info.json", "grown/vocabulary/*"], ("json", *ANY), ("train grown",), False),
     "onnx": Kind("raw", ["onnx/raw.onnx", "onnx/ids.onnx"], ANY, ("score raw", "score ids"), True),
+    "onnx_unchecked": Kind("raw", ["onnx/raw.onnx", "onnx/ids.onnx"], ANY, ("score raw unchecked",
+                                                                            "score ids unchecked"), False),
     "onnx_rows": Kind("raw", ["rows/new.csv", "encoded/*.parquet"], ANY, ("score raw", "score ids"), False),
     "logs": Kind("raw", ["runs/*/logs/run.json", "runs/*/logs/metrics.jsonl"], ("json", "json line", *ANY),
                  ("plot", "compare", "compare json"), False),
@@ -258,7 +261,7 @@ def data_task(kind, rest, work):
 def model_task(kind, rest, work):
     """With a packed checkpoint or an ONNX file."""
     packed, rows = ["--model_load_dir", work / "packed"], work / "rows" / f"new.{rest}"
-    more = ["--skip_checksums"] if rest == "unchecked" else []
+    more = ["--skip_checksums"] if rest.endswith("unchecked") else []
     if kind == "predict":
         rows = {"ids": work / "encoded", "unchecked": work / "rows/new.csv"}.get(rest, rows)
         return "deepfm_train_eval", [*packed, "--predict", rows, "--predict_output", work / "out.parquet", "--device",
@@ -266,9 +269,10 @@ def model_task(kind, rest, work):
     if kind == "pack":
         return "pack_checkpoint", [*packed, "--output_dir", work / "out", *more], files
     if kind == "score":
-        rows = work / "rows/new.csv" if rest == "raw" else work / "encoded"
-        return "score_onnx", [work / f"onnx/{rest}.onnx", rows, "--output", work / "out.parquet", "--threads",
-                              "1"], predicted
+        model = rest.split()[0]
+        rows = work / "rows/new.csv" if model == "raw" else work / "encoded"
+        return "score_onnx", [work / f"onnx/{model}.onnx", rows, "--output", work / "out.parquet", "--threads", "1",
+                              *more], predicted
     if rest == "onnx":
         return "export_onnx", [*packed, "--output", work / "out.onnx", "--inputs", "ids", "--rows", "100", "--device",
                                "cpu"], graph

@@ -18,7 +18,7 @@ numbers go to OUTPUT.data beside it. The file gets its name when its probabiliti
 
 import os
 import sys
-from contextlib import suppress
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
@@ -35,6 +35,7 @@ import onnx
 
 from tools.serving import onnx_graph
 from tools.serving.check import rows_to_compare
+from tools.serving.onnx_file import add_checksums, data_file
 from tools.serving.onnx_rows import OnnxModel
 from tools.serving.output import check_output
 from tools.serving.weights import encoder_of, read_weights
@@ -45,13 +46,12 @@ LARGEST_FILE = 2_000_000_000  # bytes; protobuf's limit is 2 GiB
 
 
 def save(proto, path):
-    """Write the model; returns the files."""
+    """Write the model; the numbers of a large one go to a file beside it."""
     if proto.ByteSize() <= LARGEST_FILE:
         onnx.save_model(proto, path)
-        return [path]
-    data = os.path.basename(path).replace(".part", "") + ".data"
-    onnx.save_model(proto, path, save_as_external_data=True, location=data + ".part", convert_attribute=False)
-    return [path, os.path.join(os.path.dirname(path), data + ".part")]
+    else:
+        onnx.save_model(proto, path, save_as_external_data=True, location=os.path.basename(data_file(path)))
+    add_checksums(path)
 
 
 def compare(args, path, encoder):
@@ -72,22 +72,23 @@ def export(args):
     encoder = encoder_of(args.model_load_dir, not args.skip_checksums) if args.inputs == "raw" else None
     proto = onnx_graph.build(weights, encoder, args.inputs == "raw", args.model_load_dir)
     inputs = shorten([node.name for node in proto.graph.input])
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    files = []
-    try:
-        files = save(proto, args.output + ".part")
+    parent, name = os.path.split(os.path.abspath(args.output))
+    os.makedirs(parent, exist_ok=True)
+    # the model names the file of its numbers, so both have their names from the beginning, in a folder of their own
+    with tempfile.TemporaryDirectory(prefix=f".deepfm-export-{name[:100]}-", dir=parent) as staging:
+        path = os.path.join(staging, name)
+        save(proto, path)
         del proto, weights
-        difference, where = compare(args, files[0], encoder)
+        difference, where = compare(args, path, encoder)
         if not difference <= TOLERANCE:
             raise UserError(f"the file's probabilities differ by {difference:.1e} from the trainer's on {where}, "
                             f"expected at most {TOLERANCE:.0e}; nothing was written")
-        size = sum(map(os.path.getsize, files))
-        for file in reversed(files):
-            os.replace(file, file.replace(".part", ""))
-    finally:
+        files = sorted(os.listdir(staging), reverse=True)  # the model behind its numbers
+        size = sum(os.path.getsize(os.path.join(staging, file)) for file in files)
         for file in files:
-            with suppress(OSError):
-                os.remove(file)
+            check_output(os.path.join(parent, file), args.overwrite, "--output")
+        for file in files:
+            os.replace(os.path.join(staging, file), os.path.join(parent, file))
     print(f"compared with the trainer on {where}: largest difference {difference:.1e}")
     print(f"wrote {args.output}: {size / 1e6:.1f} MB, {args.inputs} inputs {inputs}")
 

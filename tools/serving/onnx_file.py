@@ -11,7 +11,7 @@ from tools.trainer.cli import UserError
 from tools.trainer.files import checksum
 from tools.trainer.places import open_regular
 
-ADVICE = "copy or export it again"
+ADVICE = "copy or export it again, or add --skip_checksums where that was meant"
 
 
 def entry(key, value):
@@ -52,7 +52,7 @@ def check_checksums(path):
     data_tail, tail = end[:-LENGTH], end[-LENGTH:]
     if not tail.startswith(crc_entry(b"crc32", 0)[:-8]):
         raise UserError(f"{path} has no checksum at its end: it was damaged, or another program has written it; "
-                        f"{ADVICE}, or add --skip_checksums")
+                        f"{ADVICE}")
     if tail != crc_entry(b"crc32", checksum(path, size - LENGTH)):
         raise UserError(f"{path} was changed or damaged since it was written; {ADVICE}")
     if data_tail.startswith(crc_entry(b"data_crc32", 0)[:-8]):
@@ -63,6 +63,6 @@ def check_data(path, expected):
     try:
         same = crc_entry(b"data_crc32", checksum(path)) == expected
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {ADVICE}, with the model") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); it belongs to the model: {ADVICE}") from None
     if not same:
         raise UserError(f"{path} was changed or damaged since it was written; {ADVICE}")

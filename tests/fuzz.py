@@ -14,6 +14,12 @@ prints a table of kinds and ends:
 
 and after it each of the last four with the seed that repeats it: `--kind KIND --seed SEED --count 1`. The programs run
 in a few long-lived processes, every fiftieth time in one of their own.
+
+    python tests/fuzz.py --kills 40 --signals 40
+
+instead kills training runs so many times at random moments and resumes them, which must end in the same numbers bit for
+bit, and sends so many signals SIGINT and SIGTERM to the trainer and to tools, which must end in one line and with the
+status 130 or 143.
 """
 
 import argparse
@@ -453,6 +459,23 @@ def print_table(table):
         print(f"{name:<{width}}", *(f"{ends[end]:>14}" for end in ENDS))
 
 
+def end_by_signals(kills, signals, seed):
+    """Returns the exit status."""
+    import fuzz_kills
+
+    failed = 0
+    if kills:
+        other, runs = fuzz_kills.kills(kills, seed)
+        print(f"{kills} SIGKILL in {runs} runs, which were resumed: {runs - other} ended in the same numbers, {other} "
+              "not")
+        failed += other
+    if signals:
+        wrong = fuzz_kills.signals(signals, seed)
+        print(f"{signals} SIGINT and SIGTERM: {signals - wrong} ended in one line and status 130 or 143, {wrong} not")
+        failed += wrong
+    return 1 if failed else 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the first damage of each kind; further ones count on")
@@ -460,6 +483,8 @@ def main():
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; may be given repeatedly")
     parser.add_argument("--workers", type=int, help="processes at a time; default: one per core")
+    parser.add_argument("--kills", type=int, default=0, help="kill training runs so many times")
+    parser.add_argument("--signals", type=int, default=0, help="end programs by a signal so many times")
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="take the inputs that --prepare DIR has made")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="only make the inputs, in DIR")
     parser.add_argument("--work_on", type=Path, help=argparse.SUPPRESS)
@@ -470,6 +495,8 @@ def main():
         inputs = make_inputs(args.prepare, run_inside)
         (args.prepare / "expected.json").write_text(json.dumps(expected_results(inputs)))
         return 0
+    if args.kills or args.signals:
+        return end_by_signals(args.kills, args.signals, args.seed)
     count = args.count if args.count or args.minutes else 1000
     table, wrong = campaign(count, args.seed, args.minutes, args.kind, args.workers, args.prepared)
     print_table(table)

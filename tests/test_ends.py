@@ -85,6 +85,23 @@ module.main(sys.argv[1:])
     assert (process.returncode, errors) == (128 + number, f"error: {text}; continue with --resume\n")
 
 
+def test_a_signal_behind_the_work_changes_nothing():
+    """While the interpreter ends, which takes its handlers away first."""
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tools.trainer import cli
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+late = Late()
+sys.exit(cli.run_tool(lambda: print("done")))
+"""
+    result = run([sys.executable, "-c", script, str(ROOT)])
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"done\n", b"")
+
+
 @pytest.mark.parametrize("change, text", [
     ({"RANK": "abc"}, "the environment variable RANK is 'abc', expected a whole number"),
     ({"RANK": "2"}, "RANK 2, WORLD_SIZE 2 and MASTER_PORT 29500 do not fit together"),

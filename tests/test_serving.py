@@ -361,6 +361,9 @@ def test_damaged_onnx_files_are_refused(day, tmp_path, monkeypatch, capsys):
     onnx.save_model(onnx.load(path), path)  # as a program does that changes it
     assert score_onnx.main(score) == 1 and "or add --skip_checksums" in capsys.readouterr().err
     assert score_onnx.main([*score, "--skip_checksums"]) == 0
+    path.unlink()
+    os.mkfifo(path)
+    assert score_onnx.main([*score, "--skip_checksums"]) == 1 and "not a regular" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- moved, and looked into

@@ -9,6 +9,7 @@ from tools.converter.raw import RawFormat, list_files, open_raw
 from tools.converter.values import BadValue, as_lists, as_numbers, as_text
 from tools.serving.onnx_file import check_checksums
 from tools.trainer.cli import UserError, brief, shorten
+from tools.trainer.places import open_regular
 
 KINDS = {"tensor(int64)": pa.int64(), "tensor(double)": pa.float64(), "tensor(string)": pa.string()}
 
@@ -23,6 +24,7 @@ class OnnxModel:
         """threads: 0 for as many as there are cores. Raises: UserError for what is no model of export_onnx.py."""
         import onnxruntime
 
+        open_regular(path).close()  # ONNX Runtime would wait at a pipe
         if checksums:
             check_checksums(path)
         self.path, options = path, onnxruntime.SessionOptions()

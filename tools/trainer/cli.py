@@ -4,6 +4,7 @@ Imports nothing beyond the standard library, so that a script can be interrupted
 """
 
 import argparse
+import atexit
 import codecs
 import errno
 import math
@@ -248,6 +249,15 @@ def _terminated(*_):
     raise SystemExit(TERMINATED)
 
 
+def finish_in_peace():
+    """Let the interpreter's own end, once the work is done, go on whatever signal comes."""
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    atexit.register(ignore)
+
+
 def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     """Call work() and return the exit code: its own, or 0. Mistakes, full disks, signals end in one line.
 
@@ -256,6 +266,7 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminated)
     mend_streams()
+    finish_in_peace()
     try:
         code = work()
         sys.stdout.flush()

@@ -40,6 +40,8 @@ from pathlib import Path
 
 from fuzz_inputs import KINDS, PLACES, ROOT, make_inputs, task
 
+from tools.trainer.cli import UserError
+
 ENDS = ("right", "as it is", "clear line", "traceback", "abort", "hang", "silently other")
 WRONG = ENDS[3:]
 TIMEOUT = 40  # seconds
@@ -105,7 +107,7 @@ def forge_info(rng, path):
 
     info = json.loads(path.read_text())
     info["fields"] = change_json(rng, info["fields"])
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
         fields = []
         for entry in info["fields"]:
             fields.append(encoders.field_from_json(entry))

@@ -6,6 +6,7 @@ it), `foreign` (files of other programs), `raw` (raw rows, a dataset made of the
 
 import csv
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -23,12 +24,13 @@ Kind = namedtuple("Kind", "folder targets ways tasks checked")
 BYTES = ("flip", "zero", "cut", "append", "double", "swap")
 PLACES = ("remove", "empty", "folder", "pipe", "device", "dangling")
 ANY = (*BYTES, *PLACES)
+HAS_ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
 TRAINER = ("evaluate", "evaluate", "predict", "predict", "resume")  # a resumption takes longest
 TABLES = ["tables*/0-1/*", "tables*/0-1/*/*", "tables*/0-1/snapshots/*/*"]
 PACKED = ["packed/state.json", "packed/dense.npz",
           *(f"packed/tables/*/0-1/{place}" for place in ("*", "*/*", "snapshots/*/*"))]
 ENCODER = ["packed/encoder/*", "packed/encoder/vocabulary/*"]
-MODEL_USERS = ("predict csv", "predict csv", "predict ids", "export onnx", "export embeddings", "pack")
+MODEL_USERS = ("predict csv", "predict csv", "predict ids", *["export onnx"] * HAS_ONNX, "export embeddings", "pack")
 KINDS = {
     "dataset_info": Kind("trained", ["data/dataset_info.json"], ("json", *ANY),
                          ("train", "evaluate", "inspect"), False),
@@ -80,6 +82,8 @@ KINDS = {
     "sweep": Kind("raw", ["sweep/sweep.json", "sweep/*/logs/*"], ("json", "json", *ANY), ("sweep",), False),
     "predictions": Kind("raw", ["predictions/*"], ANY, ("calibrate",), False),
 }
+if not HAS_ONNX:
+    KINDS = {name: kind for name, kind in KINDS.items() if not name.startswith("onnx")}
 
 
 # ------------------------------------------------------------------------------------------------------------- making
@@ -148,7 +152,7 @@ def make_raw(made, run):
     run("table_to_parquet", "--base", made / "data", "--input", made / "day/more.csv", "--output_dir", made / "grown")
     run("encode_rows", "--dataset", made / "data", "--input", made / "rows/new.csv", "--output_dir", made / "encoded")
     (made / "onnx").mkdir()
-    for name, model in (("raw", "plain"), ("ids", "packed")):
+    for name, model in (("raw", "plain"), ("ids", "packed")) if HAS_ONNX else ():
         run("export_onnx", "--model_load_dir", made / model, "--output", made / f"onnx/{name}.onnx", "--inputs", name,
             "--device", "cpu")
     for name in ("plain", "plain_data"):

@@ -114,3 +114,25 @@ def test_odd_launch_variables_are_one_line(change, text):
     result = run([sys.executable, str(ROOT / "deepfm_train_eval.py")], {**launched, **change})
     errors = result.stderr.decode()
     assert result.returncode == 2 and errors.startswith("error: ") and text in errors and errors.count("\n") == 1
+
+
+def test_the_thread_that_starts_graphs_goes_first(monkeypatch):
+    """Where the system allows it; where not, a graph runs all the same."""
+    from tools.trainer import startup
+
+    assert startup.LAUNCHERS  # conftest.py has prepared this process
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        assert {os.sched_getscheduler(int(thread)) for thread in startup.LAUNCHERS} == {os.SCHED_FIFO}
+    except PermissionError:
+        assert os.SCHED_FIFO not in {os.sched_getscheduler(int(thread)) for thread in startup.LAUNCHERS}
+
+    def refuse(_, policy, parameters):
+        if policy == os.SCHED_FIFO:
+            raise PermissionError
+
+    monkeypatch.setattr(startup, "LAUNCHERS", set())
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    startup.put_launcher_first()
+    assert os.sched_getscheduler(0) != os.SCHED_FIFO

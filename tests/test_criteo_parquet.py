@@ -435,15 +435,17 @@ def test_spark_without_java(nasty, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_signals_wait_until_spark_has_started(number, error):
     """A start that is broken off leaves a Java process behind."""
-    before = [signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))]
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler),  # other tests may leave a tool's
+              signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))]
     started = False
     try:
         with pytest.raises(error), spark_engine.signals_held():
             os.kill(os.getpid(), number)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Spark does
             started = True
-        assert signal.getsignal(signal.SIGINT) == before[0]
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
+        signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
     assert started
 

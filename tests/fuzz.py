@@ -14,16 +14,20 @@ prints a table of kinds and ends:
 
 and after it each of the last four with the seed that repeats it: `--kind KIND --seed SEED --count 1`. The programs run
 in a few long-lived processes, every fiftieth time in one of their own.
+
+    python tests/fuzz.py --kills 40 --signals 40
+
+instead kills training runs so many times at random moments and resumes them, which must end in the same numbers bit for
+bit, and sends so many signals SIGINT and SIGTERM to the trainer and to tools, which must end in one line and with the
+status 130 or 143.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import queue
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -31,11 +35,12 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter, namedtuple
+from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+from fuzz_inputs import KINDS, PLACES, ROOT, make_inputs, task
+
+from tools.trainer.cli import UserError
 
 ENDS = ("right", "as it is", "clear line", "traceback", "abort", "hang", "silently other")
 WRONG = ENDS[3:]
@@ -43,136 +48,6 @@ TIMEOUT = 40  # seconds
 RUNS_OF_A_WORKER = 150
 WHOLE_PROCESS = 50  # every so many runs
 DEEP = 100000  # nesting
-
-# targets: patterns of files in the folder of inputs; ways: of damage, see `damage`; tasks: see `task`; checked: whether
-# the format has checksums, so that damage must be noticed
-Kind = namedtuple("Kind", "targets ways tasks checked")
-BYTES = ("flip", "zero", "cut", "append", "double", "swap")
-PLACES = ("remove", "empty", "folder", "pipe", "device", "dangling")
-TRAINER = ("evaluate", "evaluate", "predict", "predict", "resume")  # a resumption takes longest
-KINDS = {
-    "dataset_info": Kind(["data/dataset_info.json"], ("json", *BYTES, *PLACES), ("train", "evaluate"), False),
-    "shards": Kind(["data/*/*.parquet"], (*BYTES, *PLACES), ("train", "evaluate"), True),
-    "rows_to_predict": Kind(["data/test/*.parquet"], (*BYTES, *PLACES), ("predict",), False),
-    "state": Kind(["save/*/state.json"], ("json", "json", *BYTES, *PLACES), TRAINER, True),
-    "state_forged": Kind(["save/*/state.json"], ("forged state",), TRAINER, False),
-    "dense": Kind(["save/*/dense.npz"], (*BYTES, *PLACES), TRAINER, True),
-    "dense_forged": Kind(["save/*/dense.npz"], ("forged arrays", *BYTES), TRAINER, False),
-    "dense_old": Kind(["old/best_checkpoint/dense/*", "old/best_checkpoint/dense/*/*"], (*BYTES, *PLACES),
-                      ("evaluate old",), False),
-    "run_file": Kind(["save/run.json"], ("json", *BYTES, *PLACES), ("resume",), False),
-    "metrics": Kind(["save/logs/metrics.jsonl"], (*BYTES, "empty", "folder", "pipe", "dangling"), ("resume",), True),
-    "tables": Kind(["tables*/0-1/*", "tables*/0-1/*/*", "tables*/0-1/snapshots/*/*"], (*BYTES, *PLACES), TRAINER, True),
-    "tables_unchecked": Kind(["tables*/0-1/*", "tables*/0-1/*/*", "tables*/0-1/snapshots/*/*"], (*BYTES, *PLACES),
-                             ("evaluate unchecked",), False),
-    "strange": Kind(["save", "save/*", "save/*/state.json", "tables*", "tables*/0-1", "tables*/0-1/*",
-                     "tables*/0-1/snapshots/*", "data", "data/*"], ("add",), TRAINER, True),
-    "h5": Kind(["h5/*"], (*BYTES, *PLACES, "json"), ("convert h5",), False),
-    "npz": Kind(["npz/*"], (*BYTES, *PLACES, "json"), ("convert npz",), False),
-    "fuxictr_parquet": Kind(["parquet/*"], (*BYTES, *PLACES, "json"), ("convert parquet",), False),
-    "csv": Kind(["csv/*"], (*BYTES, *PLACES), ("convert csv",), False),
-    "csv_gz": Kind(["gz/*"], (*BYTES[:-1], *PLACES), ("convert gz",), True),  # two whole files may change places
-}
-
-
-# ----------------------------------------------------------------------------------------------------- whole inputs
-
-
-def make_inputs(folder):
-    """A dataset, a finished run, its best checkpoint as earlier versions wrote it, and raw files of every kind."""
-    __import__("deepfm_train_eval")  # before OneFlow, which it prepares
-    import numpy as np
-    from conftest import make_dataset
-    from test_checkpoints import old_checkpoint
-    from test_h5_to_parquet import write_dataset
-
-    made = folder / "made"
-    made.mkdir(parents=True)
-    make_dataset(made / "data", rows=(403, 101, 97), digests=True)
-    options = trainer_options(made, "--train_batches", "14")
-    run_inside("deepfm_train_eval", options, made / "log")
-    shutil.copytree(made / "save" / "best_checkpoint", made / "old" / "best_checkpoint")
-    old_checkpoint(made / "old" / "best_checkpoint")
-    for name, form in (("h5", "2.0"), ("npz", "2.2"), ("parquet", "2.3")):
-        write_dataset(made / name, form)
-    rng = np.random.default_rng(3)
-    names = [f"I{i}" for i in range(1, 14)] + [f"C{i}" for i in range(1, 27)]
-    (made / "csv").mkdir()
-    for split, rows in (("train", 120), ("valid", 40), ("test", 40)):
-        numbers, tokens = rng.integers(0, 30, (rows, 13)), rng.integers(0, 9, (rows, 26))
-        lines = [",".join([str(row % 2), *map(str, numbers[row]), *(f"{token:08x}" for token in tokens[row])])
-                 for row in range(rows)]
-        (made / "csv" / f"{split}.csv").write_text("\n".join(["Label," + ",".join(names), *lines, ""]))
-    shutil.copytree(made / "csv", made / "gz")
-    subprocess.run(["gzip", "-n", *map(str, (made / "gz").iterdir())], check=True)
-    made.rename(folder / "inputs")  # no checkpoint finds the tables of the inputs beside its own
-    return folder / "inputs"
-
-
-def trainer_options(work, *options, data=True, save=True):
-    given = ["--persistent_path", work / "tables", "--persistent_path_fm", work / "tables_fm", "--device", "cpu",
-             "--dnn", "8,8", "--embedding_vec_size", "4", "--batch_size", "64", "--learning_rate", "0.01"]
-    given += ["--data_dir", work / "data"] if data else []
-    given += ["--model_save_dir", work / "save"] if save else []
-    return [*map(str, given), *options]
-
-
-def task(name, work):
-    """(module, its arguments, function that describes what came out)"""
-    best = str(work / "save" / "best_checkpoint")
-    if name.startswith("convert"):
-        kind = name.split()[1]
-        tool = "criteo_parquet" if kind in ("csv", "gz") else "h5_to_parquet"
-        more = ["--min_categr_count", "2"] if tool == "criteo_parquet" else []
-        return tool, ["--input_dir", str(work / kind), "--output_dir", str(work / "out"), *more], converted
-    if name == "train":
-        for path in ("tables", "tables_fm", "save"):
-            shutil.rmtree(work / path, ignore_errors=True)
-        return "deepfm_train_eval", trainer_options(work, "--train_batches", "9"), trained
-    if name == "resume":
-        return "deepfm_train_eval", trainer_options(work, "--train_batches", "15", "--resume"), trained
-    if name == "predict":
-        options = ["--predict", str(work / "data/test"), "--predict_output", str(work / "out.parquet")]
-        options = trainer_options(work, "--model_load_dir", best, *options, data=False, save=False)
-        return "deepfm_train_eval", options, predicted
-    folder = str(work / "old" / "best_checkpoint") if name == "evaluate old" else best
-    more = ["--skip_checksums"] if name == "evaluate unchecked" else []
-    options = trainer_options(work, "--model_load_dir", folder, "--eval_only", *more, save=False)
-    return "deepfm_train_eval", options, scores
-
-
-def scores(work, output):
-    return re.findall(r"Step \d+, \w+ AUC [\d.]+, \w+ LogLoss [\d.]+", output)
-
-
-def predicted(work, output):
-    import pyarrow.parquet as pq
-
-    return hashlib.md5(pq.read_table(work / "out.parquet")["probability"].to_numpy().tobytes()).hexdigest()
-
-
-def trained(work, output):
-    """Scores and every number of the last checkpoint."""
-    from tools.trainer import checkpoints
-    from tools.trainer.chunks import read_rows
-
-    name, state = list(checkpoints.find_checkpoints(str(work / "save")).items())[-1]
-    digest = hashlib.md5()
-    for array, values in sorted(checkpoints.read_dense(str(work / "save" / name), state).items()):
-        digest.update(array.encode() + values.tobytes())
-    for path, table, width in (("tables", "embedding", 12), ("tables_fm", "embedding_fm", 3)):
-        for keys, rows in read_rows(str(work / path / "0-1"), state["tables"][table]["snapshot"], width):
-            digest.update(keys.tobytes() + rows.tobytes())
-    return [scores(work, output)[-2:], state["progress"]["step"], digest.hexdigest()]
-
-
-def converted(work, output):
-    import pyarrow.parquet as pq
-
-    digest = hashlib.md5()
-    for path in sorted((work / "out").glob("*/*.parquet")):
-        digest.update(repr(pq.read_table(path).to_pydict()).encode())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -214,6 +89,34 @@ def mutate_json(rng, path):
     text = json.dumps(value, indent=rng.choice([None, 1]))
     path.write_text(text.replace(json.dumps("[" * DEEP + "]" * DEEP), "[" * DEEP + "]" * DEEP))
     return "json"
+
+
+def mutate_json_line(rng, path):
+    """Of a file with a value in every line."""
+    lines = path.read_text().splitlines()
+    place = rng.randrange(len(lines))
+    value = change_json(rng, json.loads(lines[place]))
+    lines[place] = json.dumps(value)
+    path.write_text("\n".join(lines) + "\n")
+    return f"json, line {place + 1}"
+
+
+def forge_info(rng, path):
+    """Other descriptions of fields with the right fingerprints, as far as they can have any."""
+    from tools.converter import encoders
+
+    info = json.loads(path.read_text())
+    info["fields"] = change_json(rng, info["fields"])
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        fields = []
+        for entry in info["fields"]:
+            fields.append(encoders.field_from_json(entry))
+            if fields[-1].counted and not fields[-1].sampled:
+                fields[-1].read(path.parent, entry["encoding"]["num_tokens"])
+            entry["fingerprint"] = fields[-1].digest()
+        info["fingerprint"] = encoders.fingerprint(fields)
+    path.write_text(json.dumps(info))
+    return "forged info"
 
 
 def forge_state(rng, path):
@@ -323,6 +226,10 @@ def damage(rng, kind, work):
         done = add_something(rng, path)
     elif way == "json":
         done = mutate_json(rng, path)
+    elif way == "json line":
+        done = mutate_json_line(rng, path)
+    elif way == "forged info":
+        done = forge_info(rng, path)
     elif way == "forged state":
         done = forge_state(rng, path)
     elif way == "forged arrays":
@@ -337,12 +244,16 @@ def refit(work):
     from tools.trainer import checkpoints
     from tools.trainer.files import checksum
 
-    for path in (work / "save").glob("*/state.json"):
-        dense = path.parent / "dense.npz"
+    for path in [*work.glob("save/*/state.json"), *work.glob("packed/state.json")]:
         state = json.loads(path.read_text())
-        if dense.is_file():
-            state["files"]["dense.npz"] = {"bytes": dense.stat().st_size, "crc32": checksum(str(dense))}
-            path.write_text(json.dumps({**state, "digest": checkpoints.digest(state)}))
+        for name in state["files"]:
+            file = path.parent / name
+            if file.is_file():
+                state["files"][name] = {"bytes": file.stat().st_size, "crc32": checksum(str(file))}
+        with contextlib.suppress(Exception):
+            info = json.loads((path.parent / "encoder" / "dataset_info.json").read_text())
+            state["data"]["fingerprint"] = info["fingerprint"]
+        path.write_text(json.dumps({**state, "digest": checkpoints.digest(state)}))
 
 
 # --------------------------------------------------------------------------------------------------------- one attempt
@@ -384,15 +295,20 @@ def run_apart(module, arguments):
     return (result.returncode, *(text.decode("utf-8", "replace") for text in (result.stdout, result.stderr)))
 
 
-def classify(status, errors, same, checked):
-    """The end of a run; same: whether what came out is what undamaged inputs give, None where it cannot be read."""
+def classify(status, errors, same, checked, several=False):
+    """The end of a run.
+
+    same: whether what came out is what undamaged inputs give, None where it cannot be read; several: whether there may
+    be several lines, one for each thing that is wrong.
+    """
     if isinstance(status, str) or "Traceback (most recent" in errors:
         return "traceback"
     if status < 0 or "Check failure stack trace" in errors:
         return "abort"
     if status:
         lines = [line for line in errors.splitlines() if line.strip()]
-        return "clear line" if status in (1, 2) and len(lines) == 1 and lines[0].startswith("error: ") else "traceback"
+        clear = all(line.startswith("error: ") for line in lines) and (len(lines) == 1 or several and lines)
+        return "clear line" if status in (1, 2) and clear else "traceback"
     if same:
         return "right"
     return "silently other" if checked else "as it is"
@@ -403,33 +319,34 @@ def attempt(inputs, expected, name, seed):
     rng, kind = random.Random(f"{name} {seed}"), KINDS[name]
     with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
         work = Path(folder) / "work"
-        shutil.copytree(inputs, work)
+        shutil.copytree(inputs / kind.folder, work)
         job = rng.choice(kind.tasks)
         module, arguments, describe = task(job, work)
         what = f"{job}, {damage(rng, kind, work)}"
-        if name == "dense_forged":
+        if name in ("dense_forged", "encoder_forged"):
             refit(work)
         status, output, errors = (run_apart(module, arguments) if rng.randrange(WHOLE_PROCESS) == 0 else
                                   run_inside(module, arguments, Path(folder) / "log"))
         same = None
         if status == 0:
             with contextlib.suppress(Exception):
-                same = json.loads(json.dumps(describe(work, output))) == expected[job]
-        return {"end": classify(status, errors, same, kind.checked), "what": what,
+                same = json.loads(json.dumps(describe(work, output))) == expected[f"{kind.folder} {job}"]
+        end = classify(status, errors, same, kind.checked, several=module == "inspect_dataset")
+        return {"end": end, "what": what,
                 "text": (status if isinstance(status, str) else errors)[-2000:]}
 
 
 def expected_results(inputs):
     """{task: what undamaged inputs give}"""
     found = {}
-    for job in sorted({job for kind in KINDS.values() for job in kind.tasks}):
+    for folder_of_job, job in sorted({(kind.folder, job) for kind in KINDS.values() for job in kind.tasks}):
         with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
             work = Path(folder) / "work"
-            shutil.copytree(inputs, work)
+            shutil.copytree(inputs / folder_of_job, work)
             module, arguments, describe = task(job, work)
             status, output, errors = run_inside(module, arguments, Path(folder) / "log")
             assert status == 0, f"{job}: {status} {output} {errors}"
-            found[job] = describe(work, output)
+            found[f"{folder_of_job} {job}"] = describe(work, output)
     return found
 
 
@@ -497,16 +414,17 @@ def serve(inputs, orders, results):
     results.put(None)
 
 
-def campaign(count=None, seed=0, minutes=None, kinds=None, workers=None):
+def campaign(count=None, seed=0, minutes=None, kinds=None, workers=None, prepared=None):
     """Run it -> ({kind: Counter of ends}, [(kind, seed, result) of the wrong ones])
 
-    minutes: after the inputs have been made, which takes some seconds.
+    minutes: after the inputs have been made, which takes some seconds; prepared: folder where they are already.
     """
     kinds, workers = list(kinds or KINDS), workers or len(os.sched_getaffinity(0))
     table, wrong = {name: Counter() for name in kinds}, []
-    with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
-        prepared = [sys.executable, __file__, "--prepare", folder]
-        subprocess.run(prepared, check=True, stdout=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
+        folder = prepared or stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz"))
+        if not prepared:
+            subprocess.run([sys.executable, __file__, "--prepare", folder], check=True, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60 * minutes if minutes else None
         orders, results = queue.Queue(2 * workers), queue.Queue()
         for _ in range(workers):
@@ -543,6 +461,23 @@ def print_table(table):
         print(f"{name:<{width}}", *(f"{ends[end]:>14}" for end in ENDS))
 
 
+def end_by_signals(kills, signals, seed):
+    """Returns the exit status."""
+    import fuzz_kills
+
+    failed = 0
+    if kills:
+        other, runs = fuzz_kills.kills(kills, seed)
+        print(f"{kills} SIGKILL in {runs} runs, which were resumed: {runs - other} ended in the same numbers, {other} "
+              "not")
+        failed += other
+    if signals:
+        wrong = fuzz_kills.signals(signals, seed)
+        print(f"{signals} SIGINT and SIGTERM: {signals - wrong} ended in one line and status 130 or 143, {wrong} not")
+        failed += wrong
+    return 1 if failed else 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the first damage of each kind; further ones count on")
@@ -550,17 +485,22 @@ def main():
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; may be given repeatedly")
     parser.add_argument("--workers", type=int, help="processes at a time; default: one per core")
-    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kills", type=int, default=0, help="kill training runs so many times")
+    parser.add_argument("--signals", type=int, default=0, help="end programs by a signal so many times")
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="take the inputs that --prepare DIR has made")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="only make the inputs, in DIR")
     parser.add_argument("--work_on", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work_on:
         return work_on_orders(args.work_on)
     if args.prepare:
-        inputs = make_inputs(args.prepare)
+        inputs = make_inputs(args.prepare, run_inside)
         (args.prepare / "expected.json").write_text(json.dumps(expected_results(inputs)))
         return 0
+    if args.kills or args.signals:
+        return end_by_signals(args.kills, args.signals, args.seed)
     count = args.count if args.count or args.minutes else 1000
-    table, wrong = campaign(count, args.seed, args.minutes, args.kind, args.workers)
+    table, wrong = campaign(count, args.seed, args.minutes, args.kind, args.workers, args.prepared)
     print_table(table)
     for name, number, found in wrong:
         print(f"{found['end']}: --kind {name} --seed {number} --count 1: {found['what']}")

@@ -86,6 +86,23 @@ module.main(sys.argv[1:])
     assert (process.returncode, errors) == (128 + number, f"error: {text}; continue with --resume\n")
 
 
+def test_a_signal_behind_the_work_changes_nothing():
+    """While the interpreter ends, which takes its handlers away first."""
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tools.trainer import cli
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+late = Late()
+sys.exit(cli.run_tool(lambda: print("done")))
+"""
+    result = run([sys.executable, "-c", script, str(ROOT)])
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"done\n", b"")
+
+
 @pytest.mark.parametrize("change, text", [
     ({"RANK": "abc"}, "the environment variable RANK is 'abc', expected a whole number"),
     ({"RANK": "2"}, "RANK 2, WORLD_SIZE 2 and MASTER_PORT 29500 do not fit together"),
@@ -113,3 +130,25 @@ def test_missing_package_is_one_line(tmp_path, script, package):
     assert result.returncode == 1
     assert re.fullmatch(rf"error: \S+ has no package {package}; install it, or use .venv/bin/python of the environment "
                         r"that `bash tools/setup_env.sh` makes\n", result.stderr), result.stderr
+
+
+def test_the_thread_that_starts_graphs_goes_first(monkeypatch):
+    """Where the system allows it; where not, a graph runs all the same."""
+    from tools.trainer import startup
+
+    assert startup.LAUNCHERS  # conftest.py has prepared this process
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        assert {os.sched_getscheduler(int(thread)) for thread in startup.LAUNCHERS} == {os.SCHED_FIFO}
+    except PermissionError:
+        assert os.SCHED_FIFO not in {os.sched_getscheduler(int(thread)) for thread in startup.LAUNCHERS}
+
+    def refuse(_, policy, parameters):
+        if policy == os.SCHED_FIFO:
+            raise PermissionError
+
+    monkeypatch.setattr(startup, "LAUNCHERS", set())
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    startup.put_launcher_first()
+    assert os.sched_getscheduler(0) != os.SCHED_FIFO

@@ -142,6 +142,16 @@ def test_bars_are_sorted_and_equal_to_the_table():
     plt.close(figure)
 
 
+def test_damaged_rows_are_refused(work_dir, tmp_path, capsys):
+    data = make_dataset(tmp_path / "data", rows=(99, 101, 97), table_sizes=TABLE_SIZES, digests=True)
+    path = data / "val/part-00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    assert field_importance.main(arguments(work_dir, data_dir=data)) == 1
+    assert f"error: {path} was changed or damaged since dataset_info.json" in capsys.readouterr().err
+
+
 def test_other_data_and_other_mistakes(work_dir, tmp_path, capsys):
     other = make_dataset(tmp_path / "other", table_sizes=[7, 11])
     for options, message in [

@@ -232,8 +232,34 @@ def test_lists_and_vocabularies(tmp_path, capsys):
     path = tmp_path / "d" / "vocabulary" / "tags.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(0, "token", pa.array(table["token"].to_pylist()[::-1])), path)
+    assert f"{path} was changed or damaged since dataset_info.json was written" in run(capsys, tmp_path / "d")[2][0]
+    edit_info(tmp_path / "d", lambda info: info.pop("files"))
     status, _, errors = run(capsys, tmp_path / "d")
     assert status == 1 and "field tags is not encoded as its fingerprint says" in errors[0]
+
+
+def test_shards_are_compared_with_their_checksums(tmp_path, capsys):
+    """A changed byte of which parquet sees nothing, a file that is missing, and one too many."""
+    folder = make_dataset(tmp_path / "data", digests=True)
+    path = folder / "val" / FILE
+    whole, found = path.read_bytes(), []
+    for place in range(60, 400):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        status, out, errors = run(capsys, folder)
+        assert status == 1 and any(f"{path} was changed or damaged since" in line for line in errors)
+        found.append(len(errors))
+    assert min(found) == 1  # by the checksum alone
+    path.write_bytes(whole)
+    assert run(capsys, folder)[0] == 0
+    shutil.copy(path, path.with_name("part-00001.parquet"))
+    assert "does not know the files val/part-00001.parquet" in run(capsys, folder)[2][0]
+    path.rename(path.with_name("part-00001.parquet"))
+    assert any(f"{path} cannot be read" in line for line in run(capsys, folder)[2])
+
+
+def test_a_name_with_a_line_break_is_one_line(tmp_path, capsys):
+    assert run(capsys, tmp_path / "a\nb")[2] == [
+        f"error: {tmp_path}/a\\nb is not a folder; it should hold train/, val/ and test/"]
 
 
 def test_a_page_that_gives_fewer_rows_than_the_file_says(dataset_dir, capsys, monkeypatch):

@@ -280,6 +280,7 @@ def test_another_vocabulary_is_refused(day, tmp_path, fails):
 
     info = json.loads((other / "dataset_info.json").read_text(encoding="utf-8"))
     info["fields"][0]["fingerprint"], info["fingerprint"] = field.digest(), fingerprint(encoder.fields)
+    del info["files"]["vocabulary/user.parquet"]
     (other / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     options = ["--data_dir", other, "--model_load_dir", best(day), "--device", "cpu"]
     assert "encoded with another vocabulary" in fails(*options, "--eval_only")
@@ -287,6 +288,110 @@ def test_another_vocabulary_is_refused(day, tmp_path, fails):
     assert "did not grow out of the one" in fails(*options, *places)
     assert "encoded with another vocabulary" in fails(
         "--model_load_dir", best(day), "--predict", other / "test", "--predict_output", tmp_path / "x")
+
+
+# -------------------------------------------------------------------------------------------------- changed or damaged
+
+
+@pytest.fixture
+def packed(day, tmp_path):
+    assert pack_checkpoint.main(["--model_load_dir", best(day), "--output_dir", str(tmp_path / "packed")]) == 0
+    return tmp_path / "packed"
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_changed_encoder_of_a_checkpoint_is_refused(day, packed, tmp_path, fails, capfd):
+    """Also what no fingerprint covers: which raw column has which name in a text without header, say."""
+    info, vocabulary = packed / "encoder/dataset_info.json", packed / "encoder/vocabulary/user.parquet"
+    options = ["--model_load_dir", packed, "--predict", day / "new.csv", "--predict_output", tmp_path / "p.parquet"]
+    for path, change in ((info, lambda: edit_json(info, lambda content: content["raw"].update(quotes=False))),
+                         (vocabulary, lambda: flip(vocabulary, 60)), (vocabulary, vocabulary.unlink)):
+        before = path.read_bytes()
+        change()
+        error = f"{path} is missing or was changed or damaged since it was written; use another checkpoint"
+        assert error in fails(*options)
+        for tool, output in ((pack_checkpoint, "--output_dir"), (export_embeddings, "--output")):
+            assert tool.main(["--model_load_dir", str(packed), output, str(tmp_path / "out")]) == 1
+            assert error in capfd.readouterr().err
+        path.write_bytes(before)
+    edit_json(info, lambda content: content["source"].update(tool="by hand"))
+    assert predict(day, day / "new.csv", tmp_path / "q.parquet", "--skip_checksums", checkpoint=packed).num_rows == 450
+
+
+def test_the_encoder_of_another_dataset_is_refused(day, packed, tmp_path, fails):
+    """Also where it is whole and all checksums fit."""
+    convert(tmp_path / "other", write_rows(tmp_path / "other.csv", 1000, 7))
+    shutil.copytree(tmp_path / "other/vocabulary", packed / "encoder/vocabulary", dirs_exist_ok=True)
+    shutil.copy(tmp_path / "other/dataset_info.json", packed / "encoder")
+    error = fails("--model_load_dir", packed, "--predict", day / "new.csv", "--predict_output", tmp_path / "p.parquet",
+                  "--skip_checksums")
+    assert "does not encode rows as the data of the checkpoint was encoded; use another checkpoint" in error
+
+
+def test_damaged_vocabulary_is_refused_at_the_start_of_a_training(day, tmp_path, fails):
+    shutil.copytree(day / "data", tmp_path / "data")
+    places = ["--persistent_path", tmp_path / "t", "--persistent_path_fm", tmp_path / "f", "--device", "cpu"]
+    flip(tmp_path / "data/vocabulary/user.parquet", 60)
+    assert "vocabulary/user.parquet was changed or damaged" in fails("--data_dir", tmp_path / "data", *places)
+    info = tmp_path / "data/dataset_info.json"
+    edit_json(info, lambda content: content["fields"][0]["encoding"].update(vocabulary="../../outside"))
+    assert "cannot be used (fields, encoding, vocabulary is '../../outside')" in fails(
+        "--data_dir", tmp_path / "data", *places)
+
+
+def test_damaged_shards_to_score_are_refused(day, tmp_path, fails):
+    """Rows of a dataset, and rows that encode_rows.py made."""
+    shutil.copytree(day / "data", tmp_path / "data")
+    assert encode_rows.main(["--dataset", str(day / "data"), "--input", str(day / "new.csv"), "--output_dir",
+                             str(tmp_path / "ids")]) == 0
+    for shard in (tmp_path / "data/test/part-00000.parquet", tmp_path / "ids/part-00000.parquet"):
+        flip(shard, 200)
+        options = ["--model_load_dir", best(day), "--predict_output", tmp_path / "p", "--predict"]
+        for rows in (shard, shard.parent):
+            assert f"{shard} was changed or damaged since dataset_info.json was written" in fails(*options, rows)
+
+
+def test_damaged_onnx_files_are_refused(day, tmp_path, monkeypatch, capsys):
+    """The model, and the file of its numbers where it has one (as above 2 GB)."""
+    if not has_onnx():
+        pytest.skip("onnx and onnxruntime are not installed")
+    import export_onnx
+    import score_onnx
+
+    monkeypatch.setattr(export_onnx, "LARGEST_FILE", 0)
+    path, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    assert export_onnx.main(["--model_load_dir", best(day), "--output", str(path), "--device", "cpu"]) == 0
+    score = [str(path), str(day / "new.csv"), "--overwrite", "--output", str(tmp_path / "scores.csv")]
+    assert score_onnx.main(score) == 0 and not list(tmp_path.glob(".*"))
+    for file in (path, data):
+        content = file.read_bytes()
+        for place in (1000, len(content) // 2, len(content) - 1):
+            flip(file, place)
+            assert score_onnx.main(score) == 1
+            assert f"error: {file} was changed or damaged since it was written" in capsys.readouterr().err
+            file.write_bytes(content)
+        file.write_bytes(content[:-40])
+        assert score_onnx.main(score) == 1 and str(file) in capsys.readouterr().err
+        file.write_bytes(content)
+    import onnx
+
+    onnx.save_model(onnx.load(path), path)  # as a program does that changes it
+    assert score_onnx.main(score) == 1 and "or add --skip_checksums" in capsys.readouterr().err
+    assert score_onnx.main([*score, "--skip_checksums"]) == 0
+    path.unlink()
+    os.mkfifo(path)
+    assert score_onnx.main([*score, "--skip_checksums"]) == 1 and "not a regular" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- moved, and looked into

@@ -426,6 +426,11 @@ def test_growth_proves_itself(dataset, tmp_path):
     path = tmp_path / "d2" / "vocabulary" / "title.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(0, "token", pa.array([texts[1], texts[0], *texts[2:]])), path)
+    with pytest.raises(UserError, match="title.parquet was changed or damaged since dataset_info.json was written"):
+        Encoder.load(tmp_path / "d2")
+    info = json.loads((tmp_path / "d2" / "dataset_info.json").read_text())
+    del info["files"]
+    (tmp_path / "d2" / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="field title is not encoded as its fingerprint says"):
         Encoder.load(tmp_path / "d2")
 
@@ -792,6 +797,37 @@ def test_descriptions_that_are_not_right(dataset, tmp_path, change, message):
     (tmp_path / "d" / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=message):
         Encoder.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("change", [
+    lambda field: field.update(name="../x"), lambda field: field.update(name="a\nb"),
+    lambda field: field.update(name="\0"), lambda field: field.update(columns=["title_0"]),
+    lambda field: field.update(raw_column=7),
+    lambda field: field["encoding"].update(oov=3), lambda field: field["encoding"].update(missing={"id": 0}),
+    lambda field: field["encoding"].update(vocabulary="vocabulary/item.parquet"),
+    lambda field: field["encoding"].update(vocabulary="../item.parquet"),
+    lambda field: field["encoding"].update(min_count=0), lambda field: field["encoding"].update(first_id=True),
+])
+def test_descriptions_that_contradict_the_field(dataset, tmp_path, change):
+    """Growth and scoring use them beside the vocabulary."""
+    shutil.copytree(dataset, tmp_path / "d")
+    info = json.loads((tmp_path / "d" / "dataset_info.json").read_text())
+    change(info["fields"][2])
+    (tmp_path / "d" / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="cannot be used"):
+        Encoder.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes() + b"x"),
+                                    lambda path: (path.unlink(), os.mkfifo(path))])
+def test_rare_tokens_that_changed_stop_a_growth(dataset, tmp_path, capsys, change):
+    """Without them, tokens would not become frequent that are."""
+    shutil.copytree(dataset, tmp_path / "d")
+    path = next((tmp_path / "d" / "vocabulary").glob("*.rare.parquet"))
+    change(path)
+    write_csv(tmp_path / "day2.csv", cells_of(300, 9))
+    assert grow(tmp_path / "d", tmp_path / "day2.csv", tmp_path / "d2") == 1
+    assert one_error(capsys).startswith(f"error: {path} ")
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"[" * 100_000, b'{"fields": [' + b'{"a":' * 50_000, b"\xff\xfe{}",

@@ -31,7 +31,7 @@ from tools.converter.encoders import Encoder
 from tools.converter.rows import RowMaker
 from tools.converter.source import Source, open_files
 from tools.trainer.cli import UserError, name_list
-from tools.trainer.dataset_info import LABEL
+from tools.trainer.dataset_info import LABEL, digest_of, parquet_files
 
 
 def open_source(engine, args, encoder, wanted):
@@ -60,7 +60,8 @@ def encode_rows(args):
         made = {"tool": "tools/encode_rows.py", "options": {"dataset": args.dataset, "engine": args.engine}}
         counts = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
         label = LABEL if labelled else None
-        content = info.rows_info(encoder.info, num_samples, digests, label, carried, made, counts)
+        files = {path.name: digest_of(path) for path in parquet_files(folder)}
+        content = info.rows_info(encoder.info, num_samples, digests, label, carried, made, counts, files)
         info.write_rows_info(folder, content)
     values = source.num_rows * np.array([len(field.columns) for field in encoder.fields])
     shown = [f"{field.name} {count}" + (f" ({100 * count / total:.2f} %)" if count else "")

@@ -35,6 +35,7 @@ import onnx
 
 from tools.serving import onnx_graph
 from tools.serving.check import rows_to_compare
+from tools.serving.onnx_file import add_checksums, data_file
 from tools.serving.onnx_rows import OnnxModel
 from tools.serving.output import check_output
 from tools.serving.weights import encoder_of, read_weights
@@ -45,10 +46,12 @@ LARGEST_FILE = 2_000_000_000  # bytes; protobuf's limit is 2 GiB
 
 
 def save(proto, path):
-    """Write the model, above 2 GB with its numbers in a file of their own beside it."""
-    large = proto.ByteSize() > LARGEST_FILE
-    onnx.save_model(proto, path, save_as_external_data=large, location=os.path.basename(path) + ".data",
-                    convert_attribute=False)
+    """Write the model; the numbers of a large one go to a file beside it."""
+    if proto.ByteSize() <= LARGEST_FILE:
+        onnx.save_model(proto, path)
+    else:
+        onnx.save_model(proto, path, save_as_external_data=True, location=os.path.basename(data_file(path)))
+    add_checksums(path)
 
 
 def compare(args, path, encoder):
@@ -66,24 +69,26 @@ def compare(args, path, encoder):
 def export(args):
     check_output(args.output, args.overwrite, "--output")
     weights = read_weights(args.model_load_dir, not args.skip_checksums)
-    encoder = encoder_of(args.model_load_dir) if args.inputs == "raw" else None
+    encoder = encoder_of(args.model_load_dir, not args.skip_checksums) if args.inputs == "raw" else None
     proto = onnx_graph.build(weights, encoder, args.inputs == "raw", args.model_load_dir)
     inputs = shorten([node.name for node in proto.graph.input])
-    folder = os.path.dirname(os.path.abspath(args.output))
-    os.makedirs(folder, exist_ok=True)
-    # the model names its file of numbers, so both are written under their names, in a folder that goes away
-    with tempfile.TemporaryDirectory(prefix=".deepfm-exporting-", dir=folder) as staging:
-        path = os.path.join(staging, os.path.basename(args.output))
+    parent, name = os.path.split(os.path.abspath(args.output))
+    os.makedirs(parent, exist_ok=True)
+    # the model names the file of its numbers, so both have their names from the beginning, in a folder of their own
+    with tempfile.TemporaryDirectory(prefix=f".deepfm-export-{name[:100]}-", dir=parent) as staging:
+        path = os.path.join(staging, name)
         save(proto, path)
         del proto, weights
         difference, where = compare(args, path, encoder)
         if not difference <= TOLERANCE:
             raise UserError(f"the file's probabilities differ by {difference:.1e} from the trainer's on {where}, "
                             f"expected at most {TOLERANCE:.0e}; nothing was written")
-        files = sorted(os.listdir(staging), reverse=True)  # OUTPUT.data before OUTPUT
+        files = sorted(os.listdir(staging), reverse=True)  # the model behind its numbers
         size = sum(os.path.getsize(os.path.join(staging, file)) for file in files)
         for file in files:
-            os.replace(os.path.join(staging, file), os.path.join(folder, file))
+            check_output(os.path.join(parent, file), args.overwrite, "--output")
+        for file in files:
+            os.replace(os.path.join(staging, file), os.path.join(parent, file))
     print(f"compared with the trainer on {where}: largest difference {difference:.1e}")
     print(f"wrote {args.output}: {size / 1e6:.1f} MB, {args.inputs} inputs {inputs}")
 

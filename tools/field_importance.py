@@ -47,8 +47,8 @@ from tqdm import tqdm
 from tools.trainer import checkpoints, metrics
 from tools.trainer.batches import Batch
 from tools.trainer.cli import Parser, UserError, number, shorten
-from tools.trainer.dataset import Dataset, Split
-from tools.trainer.dataset_info import INFO, LABEL, read_info
+from tools.trainer.dataset import Dataset, Split, add_digests, read_dataset_info
+from tools.trainer.dataset_info import LABEL
 from tools.trainer.places import as_place
 from tools.trainer.startup import prepare_run
 
@@ -61,10 +61,11 @@ BAR_HEIGHT, BAR_CHART_WIDTH = 0.19, 9.0  # inches
 def load(args):
     """A Trainer with the checkpoint's model; its dataset has the val split only."""
     state = checkpoints.read_checkpoint(args.model_load_dir)
-    folder = as_place(args.data_dir)
-    split, model = Split(folder / "val", "val"), state["model"]
-    fingerprint = read_info(folder).get("fingerprint") if (folder / INFO).exists() else None
-    dataset = Dataset({"val": split}, model["fields"], model["table_sizes"], model.get("lists"), fingerprint)
+    model, known, splits = state["model"], read_dataset_info(args.data_dir), {}
+    split = splits["val"] = Split(as_place(args.data_dir) / "val", "val")
+    if known.get("files"):
+        add_digests(splits, known["files"], args.data_dir)
+    dataset = Dataset(splits, model["fields"], model["table_sizes"], model.get("lists"), known.get("fingerprint"))
     missing = [name for name in (LABEL, *dataset.columns) if name not in split.columns]
     if missing:
         raise UserError(f"{split.files[0]} lacks the columns {shorten(missing)} of the checkpoint's data; give the "

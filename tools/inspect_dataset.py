@@ -48,9 +48,9 @@ from tqdm import tqdm
 
 from tools.converter.encoders import Encoder
 from tools.converter.names import is_readable
-from tools.trainer.cli import UserError, first_line, int_list, shorten
+from tools.trainer.cli import UserError, first_line, int_list, one_line, shorten
 from tools.trainer.dataset import columns_of_fields, read_dataset_info
-from tools.trainer.dataset_info import LABEL, SPLITS, parquet_files, read_info
+from tools.trainer.dataset_info import LABEL, SPLITS, check_file, parquet_files, read_info
 from tools.trainer.places import as_place, parquet_file
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory
@@ -62,7 +62,8 @@ LONGEST_NAME = 16  # characters of a field's name in the table
 class Split:
     """The readable parquet files of one split.
 
-    Attributes: name, files, num_rows, row_groups, columns {name: type}, complete (no file had to be left out).
+    Attributes: name, paths (of all files), files (those that can be read), num_rows, row_groups, columns {name: type},
+    complete (no file had to be left out).
     """
 
     def __init__(self, folder, name, problems):
@@ -70,11 +71,11 @@ class Split:
         self.num_rows = self.row_groups = 0
         self.complete = True
         try:
-            paths = parquet_files(folder)
+            self.paths = parquet_files(folder)
         except UserError as error:
             problems.append(str(error))
-            paths, self.complete = [], False
-        for path in paths:
+            self.paths, self.complete = [], False
+        for path in self.paths:
             self.add(path)
         if self.complete and self.num_rows == 0:
             problems.append(f"the {name} split in {folder} has no rows; convert the data again")
@@ -133,7 +134,7 @@ def unreadable(path, error):
 
 
 def read_description(data_dir, problems):
-    """What dataset_info.json says: {fields, num_samples, encoding}; {} where it is missing or wrong.
+    """What dataset_info.json says: {fields, num_samples, encoding, files}; {} where it is missing or wrong.
 
     fields: {name, table_size, offset, columns, oov (id within the field, or None)}.
     """
@@ -159,7 +160,21 @@ def read_description(data_dir, problems):
         described = entry.get("encoding")
         field["columns"] = entry.get("columns") or [entry["name"]]
         field["oov"] = described.get("oov") if isinstance(described, dict) else oov_id(encoding, entry["table_size"])
-    return {"fields": fields, "num_samples": known["num_samples"], "encoding": encoding}
+    return {"fields": fields, "num_samples": known["num_samples"], "encoding": encoding, "files": known["files"]}
+
+
+def check_digests(data_dir, files, splits, problems):
+    """Compare the shards with what dataset_info.json says of their files."""
+    shards = {name for name in files or () if name.split("/")[0] in SPLITS}
+    found = {f"{split.name}/{path.name}" for split in splits.values() for path in split.paths}
+    if shards and found - shards:
+        problems.append(f"dataset_info.json does not know the files {shorten(sorted(found - shards))}; move them "
+                        "elsewhere, or convert the data again")
+    for name in sorted(shards):
+        try:
+            check_file(data_dir, name, files)
+        except UserError as error:
+            problems.append(str(error))
 
 
 def find_fields(info, splits, table_sizes, problems):
@@ -285,6 +300,7 @@ def inspect(data_dir, table_sizes=None):
     info = read_description(data_dir, problems)
     result["encoding"] = info.get("encoding")
     splits = {name: Split(data_dir / name, name, problems) for name in SPLITS}
+    check_digests(data_dir, info.get("files"), splits, problems)
     fields = find_fields(info, splits, table_sizes, problems)
     result["splits"] = {name: inspect_split(split, info, problems) for name, split in splits.items()}
     for field in tqdm(fields, unit=" fields", leave=False, disable=not sys.stderr.isatty()):
@@ -344,7 +360,7 @@ def show(args):
     if text:
         print(text, flush=True)
     for problem in result["problems"]:
-        sys.stderr.write(f"error: {problem}\n")
+        sys.stderr.write(f"error: {one_line(problem)}\n")
     if not args.json and not result["problems"]:
         print("nothing wrong")
     return 1 if result["problems"] else 0

@@ -43,6 +43,8 @@ def pack(args):
     if os.path.lexists(args.output_dir):
         raise UserError(f"--output_dir {args.output_dir} exists already; name another folder")
     checkpoints.read_dense(folder, state, not args.skip_checksums)
+    if not args.skip_checksums:
+        checkpoints.check_encoder(folder, state)
     parent, name = os.path.split(os.path.abspath(args.output_dir))
     staging = os.path.join(parent, f".deepfm-packing-{name}-{os.getpid()}")
     os.makedirs(parent, exist_ok=True)

@@ -53,7 +53,7 @@ def kept_schema(raws, keep):
 def score(args):
     if args.output:
         check_output(args.output, args.overwrite, "--output")
-    model = OnnxModel(args.model, args.threads)
+    model = OnnxModel(args.model, args.threads, not args.skip_checksums)
     raws = [raw for path in args.rows for raw in model.open(path)]
     keep = args.keep_columns or []
     kept = kept_schema(raws, keep)
@@ -74,6 +74,8 @@ def parse_args(argv=None):
     parser.add_argument("--keep_columns", type=name_list, metavar="NAME,NAME", help="columns to write beside")
     parser.add_argument("--threads", type=number(int, 0, 1024), default=0,
                         help="threads to compute with; 0: one a core")
+    parser.add_argument("--skip_checksums", action="store_true",
+                        help="do not compare the model with its checksum; for one that another program has changed")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser.parse_args(argv)
 

@@ -42,7 +42,7 @@ from tools.converter.vocabulary import (
     write_tokens,
 )
 from tools.trainer.cli import UserError, brief, first_line
-from tools.trainer.dataset_info import ADVICE, INFO, read_info
+from tools.trainer.dataset_info import ADVICE, INFO, check_file, read_info
 from tools.trainer.places import as_place
 
 MISSING_TOKEN = np.int32(MIN_INTEGER)  # of a bucket field whose missing values have an id of their own
@@ -224,9 +224,10 @@ class VocabularyField(Field):
             raise UserError(f"{path} has a token that is no whole number ({first_line(error)}); copy the dataset "
                             "again") from None
 
-    def read_rare(self, folder):
-        """Counts of tokens below the threshold, which --base needs."""
+    def read_rare(self, folder, files):
+        """Counts of tokens below the threshold, which --base needs; files: of dataset_info.json."""
         path = as_place(folder) / vocabulary_file(self.name, rare=True)
+        check_file(folder, vocabulary_file(self.name, rare=True), files)
         self.rare = (np.empty(0, self.dtype), np.empty(0, np.int64), NO_TEXTS)
         if path.exists():
             texts, counts = read_tokens(path, ["token", "count"])
@@ -573,6 +574,16 @@ def field_from_json(entry):
     return field
 
 
+def check_entry(field, entry):
+    """Raise a ValueError unless a Field is described as its entry of dataset_info.json does."""
+    if field.columns != entry.get("columns", [field.name]):
+        raise ValueError(f"field {field.name} has the columns {brief(field.columns)}, not {brief(entry['columns'])}")
+    for key, value in field.encoding().items():
+        found = entry["encoding"].get(key)
+        if found != value:
+            raise ValueError(f"field {field.name} has {brief(value)} for {key}, not {brief(found)}")
+
+
 class Encoder:
     """Raw columns -> global ids: everything that a dataset says about its encoding, and nothing else.
 
@@ -604,7 +615,9 @@ class Encoder:
             for entry in info["fields"]:
                 field = field_from_json(entry)
                 if field.counted and not field.sampled:
+                    check_file(folder, vocabulary_file(field.name), info.get("files"))
                     field.read(folder, entry["encoding"]["num_tokens"])
+                check_entry(field, entry)
                 if field.table_size != entry["table_size"]:
                     raise ValueError(f"field {field.name} has {field.table_size} ids, not {entry['table_size']}")
                 if field.digest() != entry["fingerprint"]:

@@ -25,7 +25,7 @@ def adopt(base, fields, folder):
             raise UserError(f"--base {folder}: field {field.name} is encoded there as {old.kind}, {old.parameters()}, "
                             f"and would be here as {field.kind}; give the options that the dataset was made with")
         if isinstance(field, VocabularyField):
-            old.read_rare(folder)
+            old.read_rare(folder, base.info.get("files"))
             field.vocabulary, field.rare = old.vocabulary, old.rare
         elif field.counted:
             field.borders, field.num_bins = old.borders, old.num_bins
@@ -35,7 +35,7 @@ def fields_of(base, folder, min_counts):
     """Fields that continue those of a dataset (an Encoder); min_counts: {column or None: new threshold}, or None."""
     for field in base.fields:
         if isinstance(field, VocabularyField):
-            field.read_rare(folder)
+            field.read_rare(folder, base.info.get("files"))
             for name in (None, field.raw_column):
                 field.min_count = (min_counts or {}).get(name, field.min_count)
     return base.fields

@@ -97,12 +97,11 @@ def write_info(folder, info, show=False):
         print(text, flush=True)
 
 
-def rows_info(info, num_samples, digests, label, carried, source, unknown=None):
+def rows_info(info, num_samples, digests, label, carried, source, unknown=None, files=None):
     """Contents of _dataset_info.json of rows that were encoded as a dataset is: its own, with what is theirs."""
     source = {**source, "encoding": info["source"]["encoding"]}
-    info = {key: value for key, value in info.items() if key != "files"}
-    return {**info, "label": label, "num_samples": num_samples, "digests": digests, "carried": list(carried),
-            "unknown": unknown or {}, "source": source}
+    return {**info, "label": label, "num_samples": num_samples, "digests": digests, "files": files or {},
+            "carried": list(carried), "unknown": unknown or {}, "source": source}
 
 
 def write_rows_info(folder, content):

@@ -6,7 +6,7 @@ import numpy as np
 
 from tools.converter.encoders import Encoder
 from tools.converter.info import check_growth, row_map
-from tools.trainer.checkpoints import ENCODER, find_folder
+from tools.trainer.checkpoints import ENCODER, check_encoder, find_folder, read_checkpoint
 from tools.trainer.cli import UserError
 from tools.trainer.dataset_info import read_info
 from tools.trainer.tables import Growth
@@ -19,6 +19,7 @@ def growth_of(folder, data_dir, new_rows):
     table. Raises: UserError where the dataset did not grow out of the checkpoint's.
     """
     encoder = Encoder.load(data_dir)
+    check_encoder(folder, read_checkpoint(folder))
     old = read_info(os.path.join(find_folder(folder), ENCODER))
     try:
         check_growth(old, encoder)

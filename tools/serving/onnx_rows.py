@@ -7,7 +7,9 @@ import pyarrow as pa
 
 from tools.converter.raw import format_again, list_files, open_raw
 from tools.converter.values import BadValue, as_lists, as_numbers, as_text, number_problem, whole_numbers
+from tools.serving.onnx_file import check_checksums
 from tools.trainer.cli import UserError, brief, shorten
+from tools.trainer.places import open_regular
 
 KINDS = {"tensor(int64)": pa.int64(), "tensor(double)": pa.float64(), "tensor(string)": pa.string()}
 
@@ -18,28 +20,34 @@ class OnnxModel:
     Attributes: session, described (what the file says of itself), inputs {name: (type, elements in a row)}.
     """
 
-    def __init__(self, path, threads=0):
+    def __init__(self, path, threads=0, checksums=True):
         """threads: 0 for as many as there are cores. Raises: UserError for what is no model of export_onnx.py."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        open_regular(path).close()  # ONNX Runtime would wait at a pipe
+        if checksums:
+            check_checksums(path)
+        self.path, options = path, onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what else it says is in the exceptions
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             props = self.session.get_modelmeta().custom_metadata_map
             self.described = {key: props[key] if key == "inputs" else json.loads(props[key])
                               for key in ("inputs", "columns", "raw", "separators", "limits") if key in props}
             self.raw = self.described["inputs"] == "raw"
+            self.inputs = {node.name: (KINDS[node.type], node.shape[1]) for node in self.session.get_inputs()}
         except Exception as error:  # ONNX Runtime raises kinds of its own
             text = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path} cannot be used ({brief(text, 200)}); give a file that tools/export_onnx.py "
                             "made") from None
-        self.inputs = {node.name: (KINDS[node.type], node.shape[1]) for node in self.session.get_inputs()}
 
     def run(self, feed):
         """{name: array} -> probabilities float32 (n,)"""
-        return self.session.run(None, feed)[0]
+        probs = self.session.run(None, feed)[0]
+        if not np.isfinite(probs).all():
+            raise UserError(f"{self.path} gives numbers that are not finite; export it again")
+        return probs
 
     def feed(self, table):
         """Inputs for a pyarrow Table of raw columns, or of columns of ids. Raises: BadValue"""

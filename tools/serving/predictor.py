@@ -19,7 +19,8 @@ def model_of(trainer):
     """What rows have to fit."""
     folder, dataset = trainer.args.model_load_dir, trainer.dataset
     fingerprint = from_rank0(checkpoints.read_checkpoint, folder).get("data", {}).get("fingerprint")
-    return Model(folder, dataset.fields, dataset.columns, np.array(dataset.field_of), dataset.offsets, fingerprint)
+    return Model(folder, dataset.fields, dataset.columns, np.array(dataset.field_of), dataset.offsets, fingerprint,
+                 not trainer.args.skip_checksums)
 
 
 def batches_of(blocks, dataset, batch_size):
@@ -60,7 +61,7 @@ class Predictor:
 
     def __init__(self, trainer):
         self.trainer, self.model = trainer, model_of(trainer)
-        self.encoder = load_encoder(self.model.folder)
+        self.encoder = load_encoder(self.model.folder, self.model.checksums)
         self.columns = self.model.columns
         self.raw_columns = list(self.encoder.raw_columns) if self.encoder else None
 

@@ -17,22 +17,36 @@ from tools.converter.info import check_growth, row_map
 from tools.converter.raw import RawFormat, list_files, open_raw
 from tools.converter.rows import RowMaker
 from tools.converter.splits import ByFile
+from tools.trainer import checkpoints
 from tools.trainer.checkpoints import ENCODER, find_folder
 from tools.trainer.cli import UserError, shorten
-from tools.trainer.dataset_info import INFO, ROWS_INFO, read_info
+from tools.trainer.dataset_info import INFO, ROWS_INFO, check_file, read_info
 from tools.trainer.places import as_place
 
 ANY_TEXT = RawFormat(None, True)  # enough to tell text from parquet
 
-Model = namedtuple("Model", "folder fields columns field_of offsets fingerprint")
+Model = namedtuple("Model", "folder fields columns field_of offsets fingerprint checksums")
 Model.__doc__ = """What rows have to fit: a checkpoint's folder, its fields, its columns of ids with the number of the
-field of each (int64 (C)), offsets of the tables, fingerprint or None."""
+field of each (int64 (C)), offsets of the tables, fingerprint or None; checksums: whether files are compared with
+them."""
 
 
-def load_encoder(folder):
-    """The Encoder in a checkpoint, or None where its data had none."""
-    path = os.path.join(find_folder(folder), ENCODER)
-    return Encoder.load(path) if os.path.isdir(path) else None
+def load_encoder(folder, checksums=True):
+    """The Encoder in a checkpoint, or None where its data had none. Raises: UserError where it is not whole."""
+    state, path = checkpoints.read_checkpoint(folder), os.path.join(find_folder(folder), ENCODER)
+    if checksums:
+        checkpoints.check_encoder(folder, state)
+    if not os.path.isdir(path):
+        return None
+    encoder, model = Encoder.load(path), state["model"]
+    sizes = [field.table_size for field in encoder.fields]
+    lists = {field.name: field.columns for field in encoder.fields if field.columns != [field.name]}
+    if ([field.name for field in encoder.fields], sizes, lists) != (
+            model["fields"], model["table_sizes"], model.get("lists", {})) or (
+            encoder.fingerprint != state.get("data", {}).get("fingerprint", encoder.fingerprint)):
+        raise UserError(f"{path} does not encode rows as the data of the checkpoint was encoded; "
+                        f"{checkpoints.USE_ANOTHER}")
+    return encoder
 
 
 def open_rows(path, model, keep=(), unknown=None):
@@ -42,8 +56,11 @@ def open_rows(path, model, keep=(), unknown=None):
     what is usual: an error for ids, out of vocabulary for raw values. Raises: UserError
     """
     files = list_files(path)
-    info = dataset_info_of(path)
-    encoder = load_encoder(model.folder)
+    found = find_info(path)
+    info = read_info(*found) if found else None
+    if found and model.checksums:
+        check_rows(files, info, found[0])
+    encoder = load_encoder(model.folder, model.checksums)
     form = format_of(encoder.info, unlabelled=True) if encoder else ANY_TEXT
     raws = [open_raw(file, form) for file in files]
     if any(raw.is_text for raw in raws) or info is None and not all(holds_ids(raw, model) for raw in raws):
@@ -63,6 +80,13 @@ def dataset_info_of(path):
     """Contents of that dataset_info.json, or None where there is none."""
     found = find_info(path)
     return read_info(*found) if found else None
+
+
+def check_rows(files, info, there):
+    """Compare files of ids with what the dataset_info.json in the folder `there` says of them. Raises: UserError"""
+    for file in files:
+        name = str(file.absolute())[len(str(there)) + 1:]
+        check_file(there, name, info.get("files"))
 
 
 def holds_ids(raw, model):

@@ -57,9 +57,9 @@ def layers_of(state, dense, folder):
         raise UserError(f"{folder} lacks the tensor {error}; {checkpoints.USE_ANOTHER}") from None
 
 
-def encoder_of(folder):
+def encoder_of(folder, checksums=True):
     """The Encoder in a checkpoint. Raises: UserError where there is none."""
-    encoder = load_encoder(folder)
+    encoder = load_encoder(folder, checksums)
     if encoder is None:
         raise UserError(f"{folder} does not know how to encode raw rows: its data was made by an older version; "
                         "convert the raw data again and train on it, or use --inputs ids")

@@ -30,7 +30,8 @@ import numpy as np
 
 from tools.trainer import chunks
 from tools.trainer.cli import UserError, brief, could_be_given, first_line
-from tools.trainer.files import checksum, count, list_folder, read_json, remove, rename_for_good, sync, write_json
+from tools.trainer.dataset_info import INFO, check_file, digest_of, read_info
+from tools.trainer.files import count, list_folder, read_json, remove, rename_for_good, sync, write_json
 from tools.trainer.places import as_place, copy, open_regular
 from tools.trainer.processes import all_agree, from_rank0, on_rank0, print_rank0, rank, sum_over_processes, world_size
 from tools.trainer.tables import OPTIMIZERS, TableStore
@@ -123,14 +124,29 @@ def read_dense(folder, state, checksums=True):
     path = os.path.join(folder, "dense.npz")
     expected = state.get("files", {}).get("dense.npz")
     try:
-        if checksums and expected:
-            found = {"bytes": os.path.getsize(path), "crc32": checksum(path)}
-            if found != expected:
-                raise ValueError("it was changed or damaged since it was written")
+        if checksums and expected and digest_of(path) != expected:
+            raise ValueError("it was changed or damaged since it was written")
         with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # zip, zlib and numpy have a dozen kinds for a damaged file
         raise UserError(f"{path} cannot be read ({first_line(error)}); {USE_ANOTHER}") from None
+
+
+def encoder_files(folder):
+    """{name in the checkpoint: its entry under "files"} of what says how the data was encoded."""
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    return {f"{ENCODER}/{os.path.relpath(path, folder)}": digest_of(path) for path in sorted(paths)}
+
+
+def check_encoder(folder, state):
+    """Raise a UserError unless the encoder in a checkpoint is the one that was saved with it."""
+    for name in state.get("files", {}):
+        if name.startswith(ENCODER + "/"):
+            try:
+                check_file(find_folder(folder), name, state["files"])
+            except UserError:
+                raise UserError(f"{folder}/{name} is missing or was changed or damaged since it was written; "
+                                f"{USE_ANOTHER}") from None
 
 
 def share_dense(folder, state, checksums=True):
@@ -235,16 +251,17 @@ def link_encoder(source, target):
 def keep_encoder(data_dir, save_dir):
     """Copy what says how the data was encoded to the folder of a run, where its checkpoints link to it.
 
-    Data without a fingerprint, as earlier versions made it, has nothing to copy.
+    Data without a fingerprint, as earlier versions made it, has nothing to copy. Raises: UserError for a vocabulary
+    that is not the one that was written with dataset_info.json.
     """
     target = os.path.join(save_dir, f".deepfm-{ENCODER}")
     remove(target)
-    path = as_place(data_dir) / "dataset_info.json"
-    if not path.exists() or "fingerprint" not in (info := read_json(path, {}, "convert the data again")):
+    if not (as_place(data_dir) / INFO).exists() or "fingerprint" not in (info := read_info(data_dir)):
         return
     os.makedirs(os.path.join(target, "vocabulary"))
-    files = [field["encoding"].get("vocabulary") for field in info["fields"]]
-    for name in ["dataset_info.json", *filter(None, files)]:
+    files = [field.get("encoding", {}).get("vocabulary") for field in info["fields"]]
+    for name in [INFO, *filter(None, files)]:
+        check_file(data_dir, name, info.get("files"))
         copy(as_place(data_dir) / name, os.path.join(target, name))
     sync(target)
 
@@ -281,6 +298,7 @@ class Checkpointer:
     def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, checksums=True):
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
         self.keep, self.appends, self.checksums = keep, appends, checksums
+        self.encoder_files = {}
 
     def save(self, trainer, names):
         """Save the state as one snapshot of each table and one checkpoint folder per name."""
@@ -342,9 +360,10 @@ class Checkpointer:
         encoder = os.path.join(self.save_dir, f".deepfm-{ENCODER}")
         if os.path.isdir(encoder):
             shutil.copytree(encoder, os.path.join(staging, ENCODER), copy_function=link_encoder)
+            self.encoder_files = self.encoder_files or encoder_files(encoder)  # they never change
         path = os.path.join(staging, "dense.npz")
         np.savez(path, **dense)
-        files = {"dense.npz": {"bytes": os.path.getsize(path), "crc32": checksum(path)}}
+        files = {"dense.npz": digest_of(path), **self.encoder_files}
         run = {"run_id": self.run_id, "processes": world_size(), **state["run"]}
         state = {"format_version": FORMAT, **state, "run": run, "files": files}
         write_json(os.path.join(staging, "state.json"), {**state, "digest": digest(state)})

@@ -4,6 +4,7 @@ Imports nothing beyond the standard library, so that a script can be interrupted
 """
 
 import argparse
+import atexit
 import codecs
 import csv
 import errno
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # its line is said; the end takes a while
         if launch_number("RANK", 0) == 0:
             with suppress(OSError):
-                sys.stderr.write(f"error: {message} (see --help)\n")
+                sys.stderr.write(f"error: {one_line(message)} (see --help)\n")
         sys.exit(2)
 
 
@@ -181,6 +182,11 @@ def shorten(names):
     return ", ".join(names if len(names) <= 6 else names[:3] + ["..."] + names[-2:]) + f" ({len(names)})"
 
 
+def one_line(message):
+    """A message whose names of files or columns may have line breaks, which become escapes."""
+    return "".join(repr(letter)[1:-1] if letter.splitlines() == [""] else letter for letter in message)
+
+
 def first_line(error):
     """What an exception says, in one line; the name of its class when it says nothing."""
     lines = str(error).strip().splitlines()
@@ -220,7 +226,7 @@ def start_script():
     try:
         check_launch()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
 
 
@@ -279,6 +285,15 @@ def _terminated(*_):
     raise SystemExit(TERMINATED)
 
 
+def finish_in_peace():
+    """Let the interpreter's own end, once the work is done, go on whatever signal comes."""
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    atexit.register(ignore)
+
+
 def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     """Call work() and return the exit code: its own, or 0. Mistakes, full disks, signals end in one line.
 
@@ -287,6 +302,7 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminated)
     mend_streams()
+    finish_in_peace()
     try:
         code = work()
         sys.stdout.flush()
@@ -307,5 +323,5 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
     except SystemExit as error:
         message, code = f"terminated{ending}", error.code
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code

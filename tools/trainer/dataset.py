@@ -19,8 +19,8 @@ import pyarrow as pa
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, digest_of, parquet_files, read_info
-from tools.trainer.places import as_name, as_place, is_url, of_name, open_regular, parquet_file
+from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, check_file, parquet_files, read_info
+from tools.trainer.places import as_name, as_place, of_name, open_regular, parquet_file
 
 
 class QuotedPaths(FileSystem):
@@ -79,9 +79,7 @@ class Split:
         """
         while self.digests:
             path, known = self.digests.popitem()
-            if known != digest_of(path):
-                raise UserError(f"{path} was changed or damaged since dataset_info.json was written; copy or convert "
-                                "the data again")
+            check_file(path.parent, path.name, {path.name: known})
 
     def column_range(self, column):
         """(min, max) of a column from the files' statistics; None where a file has none."""
@@ -210,16 +208,17 @@ def read_dataset(data_dir, table_sizes=None, num_samples=None, weight_column=Non
     return dataset
 
 
-def add_digests(splits, known, data_dir, checksums):
+def add_digests(splits, known, data_dir, checksums=True):
     """Raise a UserError unless the files of the splits are those of dataset_info.json."""
     found = {f"{name}/{path.name}": (split, path)
              for name, split in splits.items() for path in split.files}
-    if set(found) != set(known):
-        different = shorten(sorted(set(found) ^ set(known)))
+    shards = {name for name in known if name.split("/")[0] in splits}
+    if set(found) != shards:
+        different = shorten(sorted(set(found) ^ shards))
         raise UserError(f"{data_dir} and its dataset_info.json do not have the same files, different: {different}; "
                         "copy or convert the data again")
     for name, (split, path) in found.items():
-        if checksums and not is_url(path):  # stores have checksums of their own
+        if checksums:
             split.digests[path] = known[name]
 
 

@@ -3,9 +3,11 @@
 Needs nothing beyond the standard library, so that score_onnx.py runs where there is no OneFlow.
 """
 
+import re
+
 from tools.trainer.cli import UserError, shorten
 from tools.trainer.files import checksum, count, read_json
-from tools.trainer.places import as_place
+from tools.trainer.places import as_place, is_url
 
 LABEL = "Label"
 SPLITS = ("train", "val", "test")
@@ -18,9 +20,40 @@ def size(value):
     return count(value) and 0 < value <= 2**40
 
 
+def field_name(value):
+    """A schema: it is part of a file's name."""
+    return isinstance(value, str) and value.isprintable() and value not in ("", ".", "..") and "/" not in value
+
+
+def vocabulary_name(value):
+    """A schema: a path that does not lead out of the dataset."""
+    return isinstance(value, str) and value.isprintable() and re.fullmatch("vocabulary/[^/]+", value) is not None
+
+
+def positive(value):
+    """A schema: a whole number from 1 to 2^60."""
+    return count(value) and value > 0
+
+
+def border(value):
+    """A schema: a number that is not NaN or infinite."""
+    return type(value) in (int, float) and abs(value) <= 1.8e308
+
+
+ENCODING = {  # of a field in format 2; each kind has some of these
+    "kind": str, "first_id?": count, "missing?": {"id": (count, None)}, "oov?": (count, None), "min_count?": positive,
+    "num_tokens?": count, "vocabulary?": vocabulary_name, "own_missing?": bool, "num_bins?": positive,
+    "borders?": [border], "modulus?": positive, "base?": lambda base: base in (10, 16), "table_size?": size,
+    "list?": {"length": lambda length: count(length) and 0 < length <= 1000,
+              "separator": (lambda text: isinstance(text, str) and text != "", None)}}
+FIELD = {"name": field_name, "table_size": size, "offset": count, "columns?": [str], "raw_column?": str,
+         "fingerprint?": str, "encoding?": ENCODING}
+RAW = {"columns?": [str], "label?": (str, None), "carried?": ({"*": str}, None), "header?": (bool, None),
+       "separator?": (str, None), "quotes?": bool}  # how raw rows look
+GROWN = {"fingerprint": str, "fields": {"*": {"table_size": size, "fingerprint": str, "num_tokens": (count, None)}}}
 SCHEMA = {  # what all versions have; format 2 also says how raw values become ids
-    "format_version?": lambda version: version in (1, 2), "fingerprint?": (str, None),
-    "fields": [{"name": str, "table_size": size, "offset": count, "columns?": [str]}],
+    "format_version?": lambda version: version in (1, 2), "fingerprint?": (str, None), "fields": [FIELD],
+    "raw?": RAW, "grown_from?": [GROWN],
     "files?": {"*": {"bytes": count, "crc32": count}}}  # by path within DATA_DIR
 OF_SPLITS = {**SCHEMA, "num_samples": dict.fromkeys(SPLITS, size)}  # of a dataset that is trained on
 
@@ -67,6 +100,29 @@ def digest_of(path):
 
 
 def digests_of(data_dir):
-    """The entry "files": of all shards of a dataset. They are read once more, from memory if they were just written."""
-    shards = {f"{split}/{path.name}": path for split in SPLITS for path in parquet_files(as_place(data_dir) / split)}
-    return {name: digest_of(path) for name, path in shards.items()}
+    """The entry "files": of all shards and vocabularies of a dataset.
+
+    They are read once more, from memory if they were just written.
+    """
+    data_dir = as_place(data_dir)
+    names = [f"{split}/{path.name}" for split in SPLITS for path in parquet_files(data_dir / split)]
+    if (data_dir / "vocabulary").is_dir():
+        names += sorted(f"vocabulary/{path.name}" for path in (data_dir / "vocabulary").iterdir())
+    return {name: digest_of(data_dir / name) for name in names}
+
+
+def check_file(folder, name, files):
+    """Raise a UserError where a file of a dataset is not the one that "files" of dataset_info.json speaks of.
+
+    A file that it does not know passes, and all in a store, which has checksums of its own.
+    """
+    path = as_place(folder) / name
+    if name not in (files or {}) or is_url(path):
+        return
+    try:
+        if digest_of(path) == files[name]:
+            return
+        problem = "was changed or damaged since dataset_info.json was written"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    raise UserError(f"{path} {problem}; copy or convert the data again")

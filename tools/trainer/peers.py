@@ -16,7 +16,15 @@ import time
 import uuid
 from contextlib import ExitStack, contextmanager, suppress
 
-from tools.trainer.cli import INTERRUPTED, TERMINATED, UserError, launch_number, os_error_text
+from tools.trainer.cli import (
+    INTERRUPTED,
+    TERMINATED,
+    UserError,
+    finish_in_peace,
+    launch_number,
+    one_line,
+    os_error_text,
+)
 from tools.trainer.files import UNFINISHED
 from tools.trainer.processes import barrier, from_rank0, rank, world_size
 from tools.trainer.startup import LOST, filtered_stderr
@@ -103,6 +111,7 @@ def run_together(work, advice):
 
     advice: what to do after an interruption, said in the line.
     """
+    finish_in_peace()
     with ending_on_signals(advice), ExitStack() as ending:
         try:
             if world_size() > 1:
@@ -163,7 +172,7 @@ def give_up(message, status, speaks=None):
             time.sleep(0.05)
         if speaks or os.getppid() == launcher:
             with suppress(OSError):  # perhaps nobody reads any more
-                os.write(output, (message + "\n").encode(sys.stderr.encoding or "ascii", sys.stderr.errors))
+                os.write(output, (one_line(message) + "\n").encode(sys.stderr.encoding or "ascii", sys.stderr.errors))
         for path in UNFINISHED:
             with suppress(OSError):
                 os.remove(path)

@@ -152,6 +152,42 @@ def test_a_process_that_dies_ends_the_other_on_its_node(distinct_dataset_dir, tm
     processes[victim].communicate(timeout=60)
 
 
+LATE = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import deepfm_train_eval
+from tools.trainer import peers
+barrier, leave, left = peers.barrier, os._exit, {left!r}
+
+def leave_late():
+    barrier()
+    if os.environ["RANK"] == {late!r}:
+        time.sleep(1)
+        open(left, "w").close()
+
+def leave_early(status):
+    if not os.path.exists(left):
+        open(left + " too early", "w").close()
+    leave(status)
+
+peers.barrier, os._exit = leave_late, leave_early
+deepfm_train_eval.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_no_process_ends_before_all_have_left_the_barrier(distinct_dataset_dir, tmp_path, late):
+    """OneFlow aborts a process that is in it when another one is gone."""
+    left = tmp_path / "left"
+    (tmp_path / "program.py").write_text(LATE.format(root=str(ROOT), left=str(left), late=late))
+    command = trainer_command(distinct_dataset_dir, tmp_path, "--train_batches", "1", processes=2)
+    command[command.index(str(ROOT / "deepfm_train_eval.py"))] = str(tmp_path / "program.py")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert left.exists() and not (tmp_path / "left too early").exists()
+
+
 def test_rows_are_dealt_as_oneembedding_does(tmp_path):
     """Against OneFlow's own writer, for several numbers of processes."""
     from tools.trainer.startup import flow

@@ -42,7 +42,7 @@ class Peers:
 
     def __init__(self):
         self.said, self.names = {}, {}  # {connection: bytes}, {connection: what its process is called}
-        self.selector = selectors.DefaultSelector()
+        self.selector, self.parted = selectors.DefaultSelector(), threading.Semaphore(0)  # released by each PARTING
         self.server = socket.create_server(("", 0), backlog=world_size()) if rank() == 0 else None
         port, self.secret = from_rank0(lambda: (self.server.getsockname()[1], uuid.uuid4().hex))
         if self.server:
@@ -89,12 +89,14 @@ class Peers:
         if heard and not heard.endswith(END):
             return
         self.selector.unregister(connection)
-        said = self.said.pop(connection).rstrip(END).decode("utf-8", "replace")
+        said = self.said[connection].rstrip(END).decode("utf-8", "replace")
+        if said == PARTING:
+            return self.parted.release()
+        del self.said[connection]
         connection.close()
-        if said != PARTING:
-            # the second process speaks for the first one, which cannot
-            give_up(said or f"error: {self.names[connection]} has ended, or cannot be reached; see its output, then "
-                    "continue with --resume", 1, speaks=is_first_of_node() or rank() == 1 and not said)
+        # the second process speaks for the first one, which cannot
+        give_up(said or f"error: {self.names[connection]} has ended, or cannot be reached; see its output, then "
+                "continue with --resume", 1, speaks=is_first_of_node() or rank() == 1 and not said)
 
     def say(self, text):
         """Say a last word to the others."""
@@ -128,9 +130,15 @@ def run_together(work, advice):
 
 
 def part():
-    """The normal end of one process of several: all together, before OneFlow finds another one gone on its way out."""
+    """The normal end of one process of several: when all have left OneFlow's barrier, which aborts when one is gone."""
     barrier()
-    ALL[0].say(PARTING)
+    peers = ALL[0]
+    if rank() != 0:
+        peers.say(PARTING)
+    for _ in list(peers.said):  # the first waits for all others, these wait for the first
+        peers.parted.acquire(timeout=PATIENCE)
+    if rank() == 0:
+        peers.say(PARTING)
     sys.stdout.flush()
     os._exit(0)
 

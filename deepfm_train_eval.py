@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 
 from tools.serving.growth import growth_of
-from tools.serving.output import check_output
+from tools.serving.output import check_output, check_suffix
 from tools.serving.predictor import Predictor, write_predictions
 from tools.trainer import checkpoints, chunks, cpu, metrics, run_log, tensors
 from tools.trainer.arguments import check_arguments
@@ -257,7 +257,8 @@ def parse_args(argv=None, error=None):
     check_arguments(parser, args, TABLES.values())
     if args.predict_output:
         try:
-            check_output(args.predict_output, args.overwrite)
+            check_output(args.predict_output, args.overwrite, inputs=[args.predict, args.model_load_dir])
+            check_suffix(args.predict_output)
         except UserError as error:
             parser.error(str(error))
     if args.log_dir is None and args.model_save_dir:
@@ -1103,8 +1104,8 @@ def check_data(args, dataset, folder, to_train):
         if to_train:
             return Growth(**share_arrays(lambda: vars(growth_of(folder, args.data_dir, args.new_rows))))
         raise UserError(f"{folder} was trained on rows encoded with another vocabulary than those of --data_dir "
-                        f"{args.data_dir}; use the data it was trained on, or encode the raw rows again with "
-                        "tools/encode_rows.py")
+                        f"{args.data_dir}; use the data it was trained on, the raw rows with --predict, or rows that "
+                        "tools/encode_rows.py encodes for it")
     if (model["fields"], model["table_sizes"], model.get("lists", {})) != (
             dataset.fields, dataset.table_sizes, dataset.lists):
         raise UserError(f"{folder} was trained on other fields or table sizes than those of --data_dir "

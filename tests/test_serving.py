@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import encode_rows
 import export_embeddings
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+import score_onnx
 import table_to_parquet
 from conftest import ROOT
 
@@ -329,6 +331,39 @@ def test_a_changed_encoder_of_a_checkpoint_is_refused(day, packed, tmp_path, fai
     assert predict(day, day / "new.csv", tmp_path / "q.parquet", "--skip_checksums", checkpoint=packed).num_rows == 450
 
 
+def test_an_endless_file_is_not_packed(packed, tmp_path, capfd):
+    """Without checksums nothing but the packing itself notices what a link leads to."""
+    path = packed / "encoder/vocabulary/user.parquet"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert pack_checkpoint.main(["--model_load_dir", str(packed), "--output_dir", str(tmp_path / "out"),
+                                 "--skip_checksums"]) == 1
+    assert f"{path} is not a regular file" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_read_is_not_written(day, packed, tmp_path, fails, capfd):
+    shutil.copytree(day / "data/test", tmp_path / "rows")
+    shutil.copy(day / "new.csv", tmp_path)
+    files = [tmp_path / "new.csv", *(tmp_path / "rows").iterdir()]
+    before = [path.read_bytes() for path in files]
+    for rows, output in ((files[0], files[0]), (tmp_path / "rows", files[1])):
+        error = fails("--model_load_dir", packed, "--predict", rows, "--predict_output", output, "--overwrite")
+        assert f"{output} is part of the input {rows}; name another file" in error
+        assert score_onnx.main([str(day / "none.onnx"), str(rows), "--output", str(output), "--overwrite"]) == 1
+        assert "is part of the input" in capfd.readouterr().err
+    state = packed / "state.json"
+    assert export_embeddings.main(["--model_load_dir", str(packed), "--output", str(state), "--overwrite"]) == 1
+    assert "is part of the input" in capfd.readouterr().err and state.stat().st_size
+    assert [path.read_bytes() for path in files] == before
+    assert "ends in .txt" in fails("--model_load_dir", packed, "--predict", files[0], "--predict_output", "x.txt")
+
+
+def test_the_folder_of_a_run_is_not_a_checkpoint(day, tmp_path, fails):
+    run = Path(best(day)).parent
+    error = fails("--model_load_dir", run, "--predict", day / "new.csv", "--predict_output", tmp_path / "x")
+    assert f"do you mean {run / 'best_checkpoint'}?" in error
+
+
 def test_the_encoder_of_another_dataset_is_refused(day, packed, tmp_path, fails):
     """Also where it is whole and all checksums fit."""
     convert(tmp_path / "other", write_rows(tmp_path / "other.csv", 1000, 7))
@@ -628,11 +663,11 @@ def test_corrected_probabilities_keep_their_digits(odd, tmp_path):
 
     onnx.save(onnx_graph.build(weights, None, False, ""), tmp_path / "sure.onnx")
     ids = ids_in(odd / "data" / "test", trainer_module.load(best(odd), "cpu").columns)
-    probs = OnnxModel(tmp_path / "sure.onnx").run({"ids": ids.astype(np.int64)}).astype(np.float64)
+    probs = OnnxModel(tmp_path / "sure.onnx", checksums=False).run({"ids": ids.astype(np.int64)}).astype(np.float64)
     weights.state["model"]["negative_sampling_rate"] = 1.0
     weights.layers[-1][1][:] += np.float32(np.log(0.0001))
     onnx.save(onnx_graph.build(weights, None, False, ""), tmp_path / "plain.onnx")
-    plain = OnnxModel(tmp_path / "plain.onnx").run({"ids": ids.astype(np.int64)})
+    plain = OnnxModel(tmp_path / "plain.onnx", checksums=False).run({"ids": ids.astype(np.int64)})
     assert 0.1 < plain.mean() < 0.9 and np.abs(probs - plain).max() < 1e-6
 
 

@@ -59,7 +59,7 @@ def field_table(name, field, offset, rows):
 
 
 def export(args):
-    check_output(args.output, args.overwrite, "--output")
+    check_output(args.output, args.overwrite, "--output", [args.model_load_dir])
     weights, encoder = read_weights(args.model_load_dir), load_encoder(args.model_load_dir)
     model = weights.state["model"]
     wanted = args.fields or model["fields"]

@@ -67,7 +67,7 @@ def compare(args, path, encoder):
 
 
 def export(args):
-    check_output(args.output, args.overwrite, "--output")
+    check_output(args.output, args.overwrite, "--output", [args.model_load_dir])
     weights = read_weights(args.model_load_dir, not args.skip_checksums)
     encoder = encoder_of(args.model_load_dir, not args.skip_checksums) if args.inputs == "raw" else None
     proto = onnx_graph.build(weights, encoder, args.inputs == "raw", args.model_load_dir)

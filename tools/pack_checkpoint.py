@@ -37,6 +37,13 @@ def copy_table(source, saved, target):
             "checksum": store.write_checksums(saved["snapshot"])}
 
 
+def copy_file(source, target):
+    """Regular files only: a device that a link leads to would never end."""
+    if not os.path.isfile(source):
+        raise UserError(f"{source} is not a regular file; {checkpoints.USE_ANOTHER}")
+    return shutil.copy2(source, target)
+
+
 def pack(args):
     folder = checkpoints.find_folder(args.model_load_dir)
     state = checkpoints.read_checkpoint(folder)
@@ -49,7 +56,7 @@ def pack(args):
     staging = os.path.join(parent, f".deepfm-packing-{name}-{os.getpid()}")
     os.makedirs(parent, exist_ok=True)
     try:
-        shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("tables"))
+        shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("tables"), copy_function=copy_file)
         stores = checkpoints.saved_tables(folder, state, not args.skip_checksums)
         tables = {store.name: copy_table(store, state["tables"][store.name], staging) for store in stores}
         state = {**{key: value for key, value in state.items() if key != "digest"}, "tables": tables}
@@ -59,7 +66,7 @@ def pack(args):
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     size = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
-    print(f"wrote {args.output_dir}: {max(table['rows'] for table in tables.values())} rows, {size / 1e6:.1f} MB")
+    print(f"wrote {args.output_dir}: {max(table['rows'] for table in tables.values())} rows, {size / 1e6:.3g} MB")
 
 
 def parse_args(argv=None):

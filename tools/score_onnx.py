@@ -20,7 +20,14 @@ if __name__ == "__main__":
 import pyarrow as pa
 
 from tools.serving.onnx_rows import OnnxModel
-from tools.serving.output import PredictionFile, check_output, csv_writer, prediction_schema, rows_table
+from tools.serving.output import (
+    PredictionFile,
+    check_output,
+    check_suffix,
+    csv_writer,
+    prediction_schema,
+    rows_table,
+)
 from tools.trainer.cli import UserError, name_list, number
 
 
@@ -52,7 +59,8 @@ def kept_schema(raws, keep):
 
 def score(args):
     if args.output:
-        check_output(args.output, args.overwrite, "--output")
+        check_output(args.output, args.overwrite, "--output", [args.model, *args.rows])
+        check_suffix(args.output, "--output")
     model = OnnxModel(args.model, args.threads, not args.skip_checksums)
     raws = [raw for path in args.rows for raw in model.open(path)]
     keep = args.keep_columns or []

@@ -51,8 +51,8 @@ def check_checksums(path):
         end = file.read()
     data_tail, tail = end[:-LENGTH], end[-LENGTH:]
     if not tail.startswith(crc_entry(b"crc32", 0)[:-8]):
-        raise UserError(f"{path} has no checksum at its end: it was damaged, or another program has written it; "
-                        f"{ADVICE}")
+        raise UserError(f"{path} has no checksum at its end: it was damaged, or is not what tools/export_onnx.py "
+                        f"wrote; {ADVICE}")
     if tail != crc_entry(b"crc32", checksum(path, size - LENGTH)):
         raise UserError(f"{path} was changed or damaged since it was written; {ADVICE}")
     if data_tail.startswith(crc_entry(b"data_crc32", 0)[:-8]):

@@ -24,7 +24,11 @@ class OnnxModel:
         """threads: 0 for as many as there are cores. Raises: UserError for what is no model of export_onnx.py."""
         import onnxruntime
 
-        open_regular(path).close()  # ONNX Runtime would wait at a pipe
+        try:
+            open_regular(path).close()  # ONNX Runtime would wait at a pipe
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); give a file that tools/export_onnx.py "
+                            "made") from None
         if checksums:
             check_checksums(path)
         self.path, options = path, onnxruntime.SessionOptions()

@@ -69,11 +69,22 @@ class PredictionFile:
         UNFINISHED.discard(self.part)
 
 
-def check_output(path, overwrite, option="--predict_output"):
-    """Raise a UserError where a file cannot be written under a name."""
+def check_suffix(path, option="--predict_output"):
+    """Raise a UserError for a name that promises another format than CSV or parquet."""
+    suffix = os.path.splitext(path)[1]
+    if suffix.lower() not in ("", ".csv", ".parquet", ".pq"):
+        raise UserError(f"{option} {path} ends in {suffix}; end it in .csv or in .parquet")
+
+
+def check_output(path, overwrite, option="--predict_output", inputs=()):
+    """Raise a UserError where a file cannot be written under a name. inputs: files or folders that are read."""
     if path != path.encode("utf-8", "replace").decode("utf-8"):
         raise UserError(f"{option} {path} has bytes that are not UTF-8; use a name without them")
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a folder; name a file in it")
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{option} {path} exists already; name another file or add --overwrite")
+    place = os.path.realpath(path)
+    for read in map(str, inputs):
+        if os.path.lexists(path) and os.path.commonpath([os.path.realpath(read), place]) == os.path.realpath(read):
+            raise UserError(f"{option} {path} is part of the input {read}; name another file")

@@ -91,7 +91,9 @@ def read_checkpoint(folder):
         raise UserError(f"there is no checkpoint folder {folder}")
     path = os.path.join(find_folder(folder), "state.json")
     if not os.path.isfile(path):
-        raise UserError(f"{folder} is not a complete checkpoint (it has no state.json); {USE_ANOTHER}")
+        best = os.path.join(folder, "best_checkpoint")
+        advice = f"do you mean {best}?" if os.path.isdir(best) else USE_ANOTHER
+        raise UserError(f"{folder} is not a complete checkpoint (it has no state.json); {advice}")
     state = read_json(path, STATE, USE_ANOTHER)
     if state["format_version"] >= 2 and state.get("digest") != digest(state):
         raise UserError(f"{path} was changed or damaged since it was written; {USE_ANOTHER}")

@@ -236,9 +236,11 @@ def _say_missing_package(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
     elif os.environ.get("LOCAL_RANK", "0") == "0":  # one voice is enough
         package = error.name.split(".")[0]
-        extra = " onnx" if package in ("onnx", "onnxruntime") else ""
-        print(f"error: {sys.executable} has no package {package}; install it, or use .venv/bin/python of the "
-              f"environment that `bash tools/setup_env.sh{extra}` makes", file=sys.stderr)
+        if package in ("onnx", "onnxruntime"):  # not in every environment
+            advice = "run `bash tools/setup_env.sh onnx`, or install it"
+        else:
+            advice = "install it, or use .venv/bin/python of the environment that `bash tools/setup_env.sh` makes"
+        print(f"error: {sys.executable} has no package {package}; {advice}", file=sys.stderr)
 
 
 def mend_streams():

@@ -221,7 +221,8 @@ def avoid_launch_race():
     if hasattr(os, "SCHED_BATCH"):
         for thread in os.listdir("/proc/self/task"):
             with suppress(OSError):
-                os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+                if thread not in LAUNCHERS:
+                    os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def put_launcher_first():

@@ -12,7 +12,7 @@
 #   MODEL_SAVE_DIR          folder for checkpoints, default none
 #   PERSISTENT_PATH         rows of the embedding, default MODEL_SAVE_DIR/tables, or runs/tables
 #   PERSISTENT_PATH_FM      rows of the first-order embedding, default MODEL_SAVE_DIR/tables_fm, or runs/tables_fm
-#   DEVICE_NUM_PER_NODE     processes on this node; default: one per visible GPU, or without a GPU one per CPU core:
+#   DEVICE_NUM_PER_NODE     processes on this node; default: one per visible GPU, or without a GPU one per physical core:
 #                           the largest number up to 8 that divides the batch
 #   OMP_NUM_THREADS         threads per process, default: cores / processes
 #   GLIBC_TUNABLES          without a GPU default glibc.malloc.hugetlb=1, large pages for tables and matrices
@@ -142,7 +142,7 @@ check_environment() {
   ((NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] ||
     die "NUM_NODES=$NUM_NODES needs MASTER_ADDR, the address of node 0" 2
   [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] ||
-    die "DATA_DIR=$DATA_DIR is not a folder; make it with tools/criteo_parquet.py or tools/h5_to_parquet.py"
+    die "DATA_DIR=$DATA_DIR is not a folder; make it with tools/criteo_parquet.py or another converter"
 }
 
 count_gpus() {

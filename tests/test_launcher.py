@@ -120,7 +120,7 @@ def test_processes_divide_the_batch(project, cores, batch_size, processes):
 
 @pytest.mark.parametrize("env, status, message", [
     ({"DATA_DIR": "nowhere"}, 1,
-     "error: DATA_DIR=nowhere is not a folder; make it with tools/criteo_parquet.py or tools/h5_to_parquet.py"),
+     "error: DATA_DIR=nowhere is not a folder; make it with tools/criteo_parquet.py or another converter"),
     ({"NUM_NODES": "2"}, 2, "error: NUM_NODES=2 needs MASTER_ADDR, the address of node 0"),
     ({"NODE_RANK": "1"}, 2, "error: NODE_RANK=1 is not below NUM_NODES=1; count nodes from 0"),
     ({"NODE_RANK": "08"}, 2, "error: NODE_RANK=8 is not below NUM_NODES=1; count nodes from 0"),

@@ -155,7 +155,8 @@ class RawText:
             self.columns = cells
             twice = sorted({cell for cell in cells if cells.count(cell) > 1})
             if twice:
-                raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them")
+                raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them, or add a "
+                                "header where it has none")
             return
         self.columns = list(form.columns)
         if form.unlabelled and len(cells) == len(self.columns) - 1 and form.label in self.columns:

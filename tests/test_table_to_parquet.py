@@ -784,6 +784,7 @@ def test_options_that_do_not_fit_together(tmp_path, capsys, options, message):
     (lambda info: info["fields"][0].update(table_size=2**70), "cannot be used"),
     (lambda info: info["fields"][0].update(name=7), "cannot be used"),
     (lambda info: info.update(fingerprint="0"), "the fingerprint is 0, not"),
+    (lambda info: info.pop("raw"), "it does not say how raw rows look"),
     (lambda info: info.update(fields=3), "cannot be used"),
     (lambda info: info.update(format_version=3), r"cannot be used \(format_version is 3\)"),
     (lambda info: info["fields"][3]["encoding"]["borders"].pop(), "field price"),

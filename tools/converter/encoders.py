@@ -628,6 +628,8 @@ class Encoder:
             encoder = cls(info, fields)
             if encoder.fingerprint != info["fingerprint"]:
                 raise ValueError(f"the fingerprint is {brief(info['fingerprint'])}, not {encoder.fingerprint}")
+            if "raw" not in info:
+                raise ValueError("it does not say how raw rows look (raw)")
             return encoder
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise not_a_dataset(folder / INFO, error) from None

@@ -85,6 +85,7 @@ def test_commands_have_options_of_their_own_program(page, options_of):
 def test_options_in_the_text_exist(options_of):
     """Those outside of commands, of the trainer or of a tool."""
     tools = [path for path in (ROOT / "tools").glob("*.py") if "def parse_args" in path.read_text()]
+    tools.append(ROOT / "tests" / "fuzz.py")
     known = set(parser_arguments()).union(*(options_of(str(path.relative_to(ROOT))) for path in tools))
     launcher = {"nproc_per_node", "nnodes", "node_rank", "master_addr"}  # of oneflow.distributed.launch
     for page in PAGES.values():

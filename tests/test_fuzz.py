@@ -1,4 +1,4 @@
-"""Half a minute of the campaign of fuzz.py with a fixed seed, its ways of damage and its judgement."""
+"""Some seconds of the campaign of fuzz.py with a fixed seed, its ways of damage and its judgement."""
 
 import json
 
@@ -8,10 +8,10 @@ from fuzz_inputs import BYTES, PLACES
 
 
 def test_no_damage_is_silent_or_ends_in_a_traceback():
-    table, wrong = fuzz.campaign(seed=0, count=2 * len(fuzz.KINDS))
+    table, wrong = fuzz.campaign(seed=0, count=len(fuzz.KINDS))
     counts = sum(table.values(), fuzz.Counter())
     assert not wrong, [(kind, seed, found["end"], found["what"]) for kind, seed, found in wrong]
-    assert all(sum(ends.values()) == 2 for ends in table.values())
+    assert all(sum(ends.values()) == 1 for ends in table.values())
     assert counts["clear line"] > len(table) / 2 and counts["right"] > 0
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import criteo_parquet
 import encode_rows
@@ -616,6 +617,24 @@ def test_memory_limits_the_blocks_in_flight(nasty, tmp_path, monkeypatch, memory
     monkeypatch.setattr(convert, "GIGABYTE", memory)
     assert run(nasty[0], tmp_path / "out", "--memory_gb", "5") == 0
     assert set(pools[:-1]) == {workers}  # the last one writes the vocabularies
+
+
+def test_counts_are_freed_before_rows_are_written(nasty, tmp_path, monkeypatch):
+    """Those of all tokens when the writing begins, those of rare ones as soon as they are in their files."""
+    counters, fields, write = [], [], arrow_engine.write_splits
+
+    def watch(job, spools):
+        assert counters[0]() is None
+        assert any(len(field.rare[0]) for field in job.maker.fields)
+        fields.extend(job.maker.fields)
+        return write(job, spools)
+
+    make = arrow_engine.TokenCounter
+    monkeypatch.setattr(arrow_engine, "TokenCounter", lambda *args: (
+        counter := make(*args), counters.append(weakref.ref(counter)))[0])
+    monkeypatch.setattr(arrow_engine, "write_splits", watch)
+    assert run(nasty[0], tmp_path / "out", "--min_categr_count", "3") == 0
+    assert len(fields) == 39 and all(field.rare is None or not len(field.rare[0]) for field in fields)
 
 
 @pytest.mark.parametrize("stage", ["spool", "parquet"])

@@ -52,10 +52,19 @@ def convert(job):
                  job.carried_schema, carried_bytes)
         for split, rows in zip(SPLITS, expected)
     ]
+    spool_and_count(job, spools)
+    return write_splits(job, spools)
+
+
+def spool_and_count(job, spools):
+    """Read all rows into the spools of their splits, and make what the ids depend on of the counts of the train rows.
+
+    The counts are freed at the end: writing needs their memory.
+    """
     counter = make_counter(job)
-    for part in source.parts:
+    for part in job.source.parts:
         with Progress(f"reading {part.raw.path.name}", part.rows) as progress:
-            for block in worked_blocks(job, part, maker.make):
+            for block in worked_blocks(job, part, job.maker.make):
                 for index, spool in enumerate(spools):
                     spool.append(*of_split(block, index, job.carried_schema))
                 progress.update(len(block.rows))
@@ -63,7 +72,6 @@ def convert(job):
                     counter.add(block.counted)
     if counter is not None:
         job.fit(counter.results())
-    return write_splits(job, spools)
 
 
 def write_splits(job, spools):

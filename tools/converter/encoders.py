@@ -211,6 +211,7 @@ class VocabularyField(Field):
             order = np.argsort(tokens)  # so that the file does not depend on how the rows were counted
             write_tokens(Path(folder) / vocabulary_file(self.name, rare=True), texts_of(tokens[order], texts),
                          {"count": counts[order]})
+        self.rare = None  # the rows are written meanwhile, which needs the memory
 
     def read(self, folder, num_tokens):
         path = as_place(folder) / vocabulary_file(self.name)

@@ -30,7 +30,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import NamedTuple
 
 # before SciPy and its users, so that OneFlow gets the fastest matrix products
-from tools.trainer.startup import check_thread, flow, prepare_graphs, prepare_run
+from tools.trainer.startup import check_thread, flow, no_garbage_collection, prepare_graphs, prepare_run
 
 # isort: split
 import numpy as np
@@ -700,7 +700,18 @@ def l2_terms(device, tables, embedding_l2):
     return [0.5 * embedding_l2 * cpu.sum_of_squares(table) for table in tables]
 
 
-class TrainGraph(nn.Graph):
+class Graph(nn.Graph):
+    """nn.Graph that compiles without a garbage collection.
+
+    The end of an earlier graph empties the list of variables that a new one fills (Graph.__del__, graph.py, 0.9.0).
+    """
+
+    def _compile(self, *inputs):
+        with no_garbage_collection():
+            return super()._compile(*inputs)
+
+
+class TrainGraph(Graph):
     """One training step: forward, backward, update. The learning rate is compiled in: see `Trainer.make_train_graph`.
 
     weighted: whether rows have weights of their own; options: of `add_optimizer`.
@@ -741,7 +752,7 @@ class TrainGraph(nn.Graph):
         return (loss.to_global(sbp=flow.sbp.broadcast), *total, *statistics)
 
 
-class EvalGraph(nn.Graph):
+class EvalGraph(Graph):
     """Probabilities of one batch, the same on all processes.
 
     negative_sampling_rate: the odds are multiplied by it, which is p / (p + (1 - p) / rate) for a probability p.

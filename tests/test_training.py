@@ -1,5 +1,6 @@
 """The whole training step against the numpy reference, and one process against two."""
 
+import gc
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +55,29 @@ def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant)
     for name, value in values_of(trainer.model).items():
         assert np.abs(value - reference.values[name]).max() < 1e-5, name
     assert not values_of(trainer.model)["embedding"][-1].any()  # the padding row never moves
+
+
+def test_an_earlier_graph_is_not_collected_while_one_compiles(shared_dataset_dir, tmp_path, monkeypatch):
+    """Its end would take the variables of the new one: "... must be a variable created in nn.Graph"."""
+    earlier, trainer = (make_trainer(shared_dataset_dir, tmp_path / name) for name in ("earlier", "new"))
+    earlier.predict(earlier.dataset.splits["val"])
+    unreachable = [earlier]
+    unreachable.append(unreachable)  # only a garbage collection ends it
+    ended, empty = weakref.ref(earlier.eval_graph), flow.empty
+    del earlier
+
+    def make_garbage(*args, **options):
+        """For what a graph calls between the list of its variables and the end of its compilation."""
+        nonlocal unreachable
+        unreachable = None
+        assert len([[] for _ in range(100_000)])  # enough for an automatic collection
+        return empty(*args, **options)
+
+    monkeypatch.setattr(flow, "empty", make_garbage)
+    trainer.predict(trainer.dataset.splits["val"])
+    assert unreachable is None and gc.isenabled()
+    gc.collect()
+    assert ended() is None
 
 
 def test_learning_rate_cut_keeps_the_optimizer_state(shared_dataset_dir, tmp_path):

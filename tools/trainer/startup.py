@@ -6,6 +6,7 @@ what belongs to a run is in `prepare_run`.
 """
 
 import ctypes
+import gc
 import glob
 import importlib.util
 import os
@@ -283,6 +284,18 @@ def calm_scheduler():
         busiest = max(worked, key=worked.get)
         if worked[busiest] > 0:
             os.setpriority(os.PRIO_PROCESS, busiest, 10)
+
+
+@contextmanager
+def no_garbage_collection():
+    """Let nothing be collected inside, in no thread; what is out of use by then waits."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def thread_times():

@@ -543,34 +543,47 @@ MODEL = ("dnn", "embedding_vec_size", "net_dropout", "batch_norm", "embedding_l2
          "max_grad_norm", "monitor", "epochs", "early_stop_patience")  # what both are given
 
 
-def train_here(work, args, seed):
-    """The trainer's metrics on test, in one process; the rate is cut after each epoch without gain, as FuxiCTR's."""
+def train_here(folder, args, seed):
+    """The trainer's metrics on test, in one process; the rate is cut after each epoch without gain, as FuxiCTR's.
+
+    Leaves what the model began with in folder, for `fuxictr_worker`.
+    """
     options = {name: getattr(args, name) for name in MODEL if name != "batch_norm"}
-    options.update(dnn=",".join(map(str, args.dnn)), patience=1, seed=seed, device="cpu", data_dir=args.data)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        places = {"persistent_path": f"{folder}/t", "persistent_path_fm": f"{folder}/f", "log_dir": f"{folder}/logs"}
-        command = [sys.executable, str(TOOLS.parent / "deepfm_train_eval.py"), *["--batch_norm"] * args.batch_norm,
-                   *(f"--{name}={value}" for name, value in {**options, **places}.items())]  # fmt: skip
-        start = time.perf_counter()
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if result.returncode:
-            raise UserError("the training run failed:\n" + "\n".join(result.stdout.splitlines()[-15:]))
-        lines = read_metrics(Path(folder) / "logs" / "metrics.jsonl")
-    return {"auc": lines[-1]["auc"], "logloss": lines[-1]["logloss"], "seconds": time.perf_counter() - start,
+    options.update(dnn=",".join(map(str, args.dnn)), patience=1, seed=seed, device="cpu", data_dir=args.data,
+                   persistent_path=folder / "t", persistent_path_fm=folder / "f", model_save_dir=folder / "model")
+    flags = ["--save_initial_model", *["--batch_norm"] * args.batch_norm]
+    start = time.perf_counter()
+    run_quietly("deepfm_train_eval.py", *flags, *(f"--{name}={value}" for name, value in options.items()))
+    seconds = time.perf_counter() - start
+    run_quietly("tools/export_embeddings.py", "--model_load_dir", folder / "model/initial_checkpoint", "--output",
+                folder / "embeddings.parquet")
+    lines = read_metrics(folder / "model" / "logs" / "metrics.jsonl")
+    return {"auc": lines[-1]["auc"], "logloss": lines[-1]["logloss"], "seconds": seconds,
             "best_epoch": lines[-1]["epoch"], "epochs": lines[-2]["epoch"]}  # fmt: skip
 
 
-def accuracy(args):
-    """Test AUC and logloss of this trainer and of FuxiCTR: the same rows, recipe, monitor and seeds.
+def run_quietly(script, *options):
+    """Run a script of this package. Raises UserError with the end of its messages when it fails."""
+    result = subprocess.run([sys.executable, TOOLS.parent / script, *options], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    if result.returncode:
+        raise UserError(f"{script} failed:\n" + "\n".join(result.stdout.splitlines()[-15:]))
 
-    Printed are the means over the seeds, their standard errors, and the difference with its standard error.
+
+def accuracy(args):
+    """Test AUC and logloss of this trainer and of FuxiCTR: the same rows, recipe, monitor and initial values.
+
+    The initial values of a seed are the trainer's; order of the rows and dropout are each one's own. Printed are the
+    means over the seeds and their standard errors, that of the difference from the differences of the seeds.
     """
     recipe = {name: getattr(args, name) for name in MODEL}
     jobs = {}
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
         for seed in args.seeds:
-            spec = json.dumps({**recipe, "data": args.data, "seed": seed, "folder": work})
-            jobs["here", seed] = lambda seed=seed: train_here(work, args, seed)
+            folder = Path(work, str(seed))
+            folder.mkdir()
+            spec = json.dumps({**recipe, "data": args.data, "seed": seed, "folder": str(folder)})
+            jobs["here", seed] = lambda seed=seed, folder=folder: train_here(folder, args, seed)
             jobs["FuxiCTR", seed] = lambda spec=spec: run_measured([args.peer, WORKERS, "fuxictr", spec])
         results = take_turns(jobs, 1)
     runs = {job: runs[0] for job, runs in results.items()}
@@ -582,27 +595,21 @@ def accuracy(args):
 
 
 def accuracy_rows(runs, seeds):
-    """A row per seed, then means and standard errors, that of a difference from those of its two sides."""
-    values = {(metric, side): [runs[side, seed][metric] for seed in seeds]
-              for metric in ("auc", "logloss") for side in ("here", "FuxiCTR")}  # fmt: skip
+    """A row per seed, then means and standard errors; both sides of a seed begin alike, so differences are paired."""
+    columns = []
+    for metric in ("auc", "logloss"):
+        here, theirs = ([runs[side, seed][metric] for seed in seeds] for side in ("here", "FuxiCTR"))
+        columns += [here, theirs, [ours - other for ours, other in zip(here, theirs)]]
 
-    def row(name, numbers, differences):
-        cells = [f"{numbers['auc', 'here']:.6f}", f"{numbers['auc', 'FuxiCTR']:.6f}", f"{differences['auc']:+.6f}"]
-        return [name, *cells, f"{numbers['logloss', 'here']:.6f}", f"{numbers['logloss', 'FuxiCTR']:.6f}",
-                f"{differences['logloss']:+.6f}"]  # fmt: skip
+    def row(name, numbers, sign="+"):
+        formats = [".6f", ".6f", f"{sign}.6f"] * 2
+        return [name, *(format(number, form) for number, form in zip(numbers, formats))]
 
-    def minus(numbers):
-        return {metric: numbers[metric, "here"] - numbers[metric, "FuxiCTR"] for metric in ("auc", "logloss")}
-
-    singles = [{key: numbers[i] for key, numbers in values.items()} for i in range(len(seeds))]
-    rows = [row(seed, single, minus(single)) for seed, single in zip(seeds, singles)]
-    means = {key: statistics.mean(numbers) for key, numbers in values.items()}
-    rows.append(row("mean", means, minus(means)))
+    rows = [row(seed, numbers) for seed, numbers in zip(seeds, zip(*columns))]
+    rows.append(row("mean", map(statistics.mean, columns)))
     if len(seeds) > 1:
-        errors = {key: statistics.stdev(numbers) / len(seeds) ** 0.5 for key, numbers in values.items()}
-        both = {metric: (errors[metric, "here"] ** 2 + errors[metric, "FuxiCTR"] ** 2) ** 0.5
-                for metric in ("auc", "logloss")}  # fmt: skip
-        rows.append([cell.lstrip("+") for cell in row("standard error", errors, both)])
+        errors = [statistics.stdev(column) / len(seeds) ** 0.5 for column in columns]
+        rows.append(row("standard error", errors, sign=""))
     return rows
 
 

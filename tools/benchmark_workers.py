@@ -431,6 +431,26 @@ def fuxictr_model(features, spec, **options):
     return DeepFM()
 
 
+def begin_as_here(model, fields, folder):
+    """Give FuxiCTR's model the initial values that `train_here` left in folder; biases begin with 0 in both."""
+    import numpy as np
+    import polars
+    import torch
+
+    rows = polars.read_parquet(folder / "embeddings.parquet", columns=["field", "id", "vector", "first_order"])
+    rows = {key[0]: part for key, part in rows.partition_by("field", as_dict=True).items()}
+    tables = {"vector": model.embedding, "first_order": model.fm.lr_layer.embedding_layer}
+    linear = [layer for layer in model.mlp.mlp if isinstance(layer, torch.nn.Linear)]
+    with torch.no_grad(), np.load(folder / "model" / "initial_checkpoint" / "dense.npz") as dense:
+        for column, table in tables.items():
+            for field in fields:
+                part, weight = rows[field["name"]], table.embedding_layer.embedding_layers[field["name"]].weight
+                values = np.array(part[column].to_list(), np.float32).reshape(len(part), -1)
+                weight[torch.from_numpy(part["id"].to_numpy().astype("int64"))] = torch.from_numpy(values)
+        for i, layer in enumerate(linear):
+            layer.weight.copy_(torch.from_numpy(dense[f"model.dnn.weight_{i}"]))
+
+
 def fuxictr_worker(spec):
     """Train in FuxiCTR's own loop, score test with its best epoch; for a Python that has fuxictr 2.3."""
     import fuxictr
@@ -448,13 +468,14 @@ def fuxictr_worker(spec):
     features.num_fields = features.get_num_fields()
     features.set_column_index()
     monitor = {"auc-logloss": {"AUC": 1, "logloss": -1}, "auc": "AUC", "logloss": "logloss"}[spec["monitor"]]
-    folder = Path(spec["folder"], "fuxictr", str(spec["seed"]))
-    (folder / "data").mkdir(parents=True)
+    folder = Path(spec["folder"])
+    (folder / "fuxictr" / "data").mkdir(parents=True)
     model = fuxictr_model(
         features, spec, monitor=monitor, monitor_mode="min" if monitor == "logloss" else "max", verbose=0,
         early_stop_patience=spec["early_stop_patience"], embedding_regularizer=float(spec["embedding_l2"]),
-        net_regularizer=None, reduce_lr_on_plateau=True, model_root=str(folder),
+        net_regularizer=None, reduce_lr_on_plateau=True, model_root=str(folder / "fuxictr"),
         metrics=["AUC", "logloss"])  # fmt: skip
+    begin_as_here(model, fields, folder)
     model.fit(FuxiCTRBatches(spec, fields, "train", True), epochs=spec["epochs"],
               validation_data=FuxiCTRBatches(spec, fields, "val"), max_gradient_norm=spec["max_grad_norm"])  # fmt: skip
     found = model.evaluate(FuxiCTRBatches(spec, fields, "test"), metrics=["AUC", "logloss"])

@@ -126,6 +126,15 @@ def test_mistakes_in_arguments_end_in_one_line(capsys, arguments, message):
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize("part", sorted(path.name for path in (ROOT / "tools").glob("*_*.py")
+                                        if path.name != "__init__.py" and "def parse_args" not in path.read_text()))
+def test_a_part_of_a_tool_names_the_command_that_it_is_for(part):
+    result = subprocess.run([sys.executable, str(ROOT / "tools" / part), "--help"], capture_output=True, text=True)
+    words = {"conversion": "convert", "serving": "serve"}.get(part[len("benchmark_"):-3], "--help")
+    expected = f"error: this is a part of tools/benchmark.py; run: python tools/benchmark.py {words}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
+
+
 def test_loader(tmp_path):
     out = tmp_path / "loader.json"
     assert benchmark.main(["loader", *TINY, "--batch_size", "64", "--num_rows", "2000", "--json", str(out)]) == 0

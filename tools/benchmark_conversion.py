@@ -7,6 +7,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.exit("error: this is a part of tools/benchmark.py; run: python tools/benchmark.py convert")
+
 from benchmark_workers import make_h5, make_raw
 
 TOOLS = Path(__file__).resolve().parent

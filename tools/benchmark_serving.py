@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.exit("error: this is a part of tools/benchmark.py; run: python tools/benchmark.py serve")
+
 from benchmark_workers import make_served_data
 
 from tools.trainer.cli import UserError

@@ -532,7 +532,7 @@ WORKERS = {"peer": peer_worker, "floor": floor_worker, "gpu": gpu_worker, "loade
 
 def main():
     if len(sys.argv) != 3 or sys.argv[1] not in WORKERS:
-        sys.exit(__doc__)
+        sys.exit("error: this is a part of tools/benchmark.py; run: python tools/benchmark.py --help")
     results = WORKERS[sys.argv[1]](json.loads(sys.argv[2]))
     for result in [results] if isinstance(results, dict) else results:
         if os.environ.get("RANK", "0") == "0":

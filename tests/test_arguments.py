@@ -1,5 +1,6 @@
 """The command line: promised names and defaults, one clear line for every mistake, what reaches OneEmbedding."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -69,7 +70,9 @@ MISTAKES = [
     (["--lr_factor", "2"], "--lr_factor: 2 must be at most 1"),
     (["--seed", "-1"], "--seed: -1 must be at least 0"),
     (["--store_type", "ssd"], "--store_type: invalid choice: 'ssd'"),
-    (["--batch_siz", "5"], "unrecognized arguments: --batch_siz 5"),  # no abbreviations
+    (["--batch_siz", "5"], "unrecognized arguments: --batch_siz; did you mean --batch_size?"),  # no abbreviations
+    (["--learning-rate=1", "-amp"], "--learning-rate -amp; did you mean --learning_rate, --amp?"),
+    (["--lr", "5"], "unrecognized arguments: --lr 5 (see --help)"),  # near to none
     (["--amp", "--device", "cpu"], "--amp needs a CUDA device"),
     (["--cache_memory_budget_mb", "0"], "--cache_memory_budget_mb 0 leaves --store_type cached_host_mem without a"),
     (["--persistent_path_fm", "./t"], "--persistent_path and --persistent_path_fm are both t"),
@@ -95,6 +98,19 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, options, message):
         parse_args([*REQUIRED, *options])
     errors = capsys.readouterr().err
     assert ended.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+@pytest.mark.parametrize("tool, words, message", [
+    ("inspect_dataset", ["--jsn", "data"], "--jsn; did you mean --json?"),
+    ("inspect_dataset", ["data", "--", "--jsn"], "--jsn"),  # behind -- there are no options
+    ("encode_rows", ["--output_di", "out"], "--output_di; did you mean --output_dir?"),  # which it would miss, too
+    ("benchmark", ["loader", "--repeat", "1"], "--repeat; did you mean --repeats?"),
+])
+def test_a_misspelt_option_of_a_tool(capsys, tool, words, message):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(tool).main(words)
+    expected = f"error: unrecognized arguments: {message} (see --help)\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, expected)
 
 
 def test_fused_layers_have_no_batch_normalisation(capsys, monkeypatch):

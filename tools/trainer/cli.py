@@ -7,6 +7,7 @@ import argparse
 import atexit
 import codecs
 import csv
+import difflib
 import errno
 import io
 import math
@@ -41,6 +42,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, **options):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Before all other mistakes: a misspelt option would be missed as a required one, too."""
+        words = sys.argv[1:] if args is None else list(args)
+        near = {} if self._subparsers else self.misspelt(words)  # a subcommand has a parser of its own
+        if near:
+            self.error(f"unrecognized arguments: {' '.join(near)}; did you mean {', '.join(near.values())}?")
+        return super().parse_known_args(words, namespace)
+
+    def misspelt(self, words):
+        """{what looks like an option: the option that it is near to}"""
+        words = words[:words.index("--")] if "--" in words else words
+        names = [name for name in (word.partition("=")[0] for word in words)
+                 if name.startswith("-") and name not in self._option_string_actions]
+        near = {name: difflib.get_close_matches(name, self._option_string_actions, 1, 0.7) for name in names}
+        return {name: found[0] for name, found in near.items() if found}
 
     def error(self, message):
         if signal.getsignal(signal.SIGINT) is _end_early:

@@ -84,6 +84,10 @@ echo "uv $* into $UV_PYTHON_INSTALL_DIR" >>"$RECORDS/python"
 mkdir -p "$UV_PYTHON_INSTALL_DIR/cpython-3.10.9-linux/bin"
 cp "$RECORDS/../bin/python3.10" "$UV_PYTHON_INSTALL_DIR/cpython-3.10.9-linux/bin/python3.10"
 """
+STUB_DF = f"""#!{shutil.which("bash")}
+echo "Filesystem 1024-blocks Used Available Capacity Mounted on"
+echo "/dev/a disk 99999999 999 ${{FREE_KB:-90000000}} 1% /a folder"
+"""
 
 
 def write_executable(path, text):
@@ -116,6 +120,7 @@ class Project:
         self.folder, self.records = folder / "project", folder / "records"
         self.records.mkdir()
         write_executable(folder / "bin" / "python3.10", STUB_PYTHON)
+        write_executable(folder / "bin" / "df", STUB_DF)
         write_executable(folder / "uv", STUB_UV)
         (self.folder / "tools").mkdir(parents=True)
         (self.folder / "tests").mkdir()

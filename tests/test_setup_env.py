@@ -196,6 +196,25 @@ def test_a_folder_that_is_no_environment_is_left_alone(project, tmp_path):
     assert os.listdir(project.records) == ["something"] and "records-setup.log" not in os.listdir(tmp_path)
 
 
+def test_a_disk_without_room(project):
+    """Before anything is fetched; what is there already needs no room."""
+    done = project.set_up(FREE_KB="3000000")
+    venv = project.folder / ".venv"
+    assert (done.returncode, done.out) == (1, "")
+    assert done.err == (f"error: {project.folder} has 2.9 GB free, the environment needs 4.8 GB; free some, or set "
+                        "VENV to a folder on another disk\n")
+    assert not venv.exists() and not (project.records / "python").exists()
+    assert project.set_up(FREE_KB="3000000", ONEFLOW_VERSION="0.8.0").returncode == 0
+    assert project.set_up(PIP_STATUS="1").returncode == 1  # interrupted, with a part of it there
+    with open(venv / "part", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 10 << 20)
+    free = 48 * 2**20 // 10 - (5 << 10)
+    done = project.set_up(FREE_KB=str(free - (6 << 10)))
+    assert done.returncode == 1 and done.err.startswith(f"error: {venv} has 4.8 GB free, the environment needs 4.8 GB")
+    assert project.set_up(FREE_KB=str(free)).returncode == 0
+    assert project.set_up("onnx", FREE_KB="300000").returncode == 0
+
+
 def test_another_machine(project):
     write_executable(project.records.parent / "bin" / "uname", "#!/bin/sh\necho Darwin arm64\n")
     done = project.set_up()

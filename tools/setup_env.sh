@@ -220,14 +220,33 @@ install_group() { # group
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
+# Ends where the disk has no room for what training needs and an interrupted set-up has not left there already.
+check_space() {
+  local free had=0 needed folder
+  folder=$(dirname "$VENV")
+  [[ ! -d $VENV ]] || folder=$VENV had=$(du -sk "$VENV" | cut -f 1) || true
+  free=$(df -Pk "$folder" 2>/dev/null | sed -nE 's/.* ([0-9]+) +[0-9]+% .*/\1/p') || true
+  needed=$((${size_disk/./} * (1 << 20) / 10 - had))
+  [[ -z $free ]] || ((free >= needed)) ||
+    die "$folder has $(gigabytes "$free") free, the environment needs $(gigabytes "$needed");" \
+      "free some, or set VENV to a folder on another disk"
+}
+
+gigabytes() { # KiB
+  local tenths=$((10 * $1 + (1 << 19) >> 20)) # as df -h and du -h count
+  echo "$((tenths / 10)).$((tenths % 10)) GB"
+}
+
 set_up() { # groups
   local group
   [[ $(uname -sm) == "Linux x86_64" ]] || die "OneFlow has wheels for x86-64 Linux only; this is $(uname -sm)"
   [[ -f $VENV/pyvenv.cfg || ! -e $VENV || -z $(ls -A "$VENV") ]] ||
     die "VENV=$VENV exists and is not a virtual environment; remove it or set VENV to another path"
-  mkdir -p "$(dirname "$VENV")" && : >"$log" || die "cannot write $log; set VENV to a path where you may"
+  mkdir -p "$(dirname "$VENV")" || die "cannot write $log; set VENV to a path where you may"
+  [[ $1 != training ]] || check_space
+  : >"$log" || die "cannot write $log; set VENV to a path where you may"
   if [[ $1 == training ]]; then
-    say "Setting up $VENV: up to $size_all; the log is $log"
+    say "Setting up $VENV: up to $size_download GB to download and $size_disk GB on disk; the log is $log"
   else
     say "Adding to $VENV; the log is $log"
   fi
@@ -262,10 +281,10 @@ oneflow=${ONEFLOW_VERSION:-$pinned}
   die "ONEFLOW_VERSION=$oneflow is not a version; expected one like $pinned"
 # measured on CPython 3.10, downloads as pip tells them
 size_oneflow="and the CUDA libraries that it needs, 2.1 GB"
-size_all="2.3 GB to download and 4.8 GB on disk"
+size_download=2.3 size_disk=4.8 # GB
 if [[ $oneflow == 0.8.* ]]; then
   size_oneflow="with its CUDA libraries, 0.8 GB"
-  size_all="1.0 GB to download and 2.6 GB on disk"
+  size_download=1.0 size_disk=2.6
 fi
 if [[ -z ${VENV:-} ]]; then
   VENV=$root/.venv

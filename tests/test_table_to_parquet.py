@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import encode_rows
+import inspect_dataset
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +26,7 @@ from tools.converter import raw as raw_files
 from tools.converter.encoders import Encoder
 from tools.converter.info import check_growth, row_map
 from tools.trainer.cli import UserError
+from tools.trainer.dataset import read_dataset
 
 SPLITS = ("train", "val", "test")
 NAMES = ["user_id", "item", "title", "price", "stock", "tags", "device", "clicked", "request"]
@@ -303,6 +305,22 @@ def test_unlabelled_rows_and_unknown_values(tables, dataset, tmp_path, capsys):
     info = json.loads((tmp_path / "out" / "_dataset_info.json").read_text())
     assert info["fingerprint"] == Encoder.load(dataset).fingerprint and info["unknown"]["user_id"] == count
     assert info["num_samples"] == {"rows": 130} and info["label"] is None and info["carried"] == ["more", "raw_user_id"]
+
+
+def test_encoded_rows_are_no_dataset(tables, dataset, tmp_path, capsys):
+    """Whoever takes them for one is told what they are."""
+    write_csv(tmp_path / "new.csv", tables[0]["test"])
+    out = tmp_path / "out"
+    assert encode(dataset, tmp_path / "new.csv", out) == 0
+    expected = (f"{out} holds rows that tools/encode_rows.py encoded, not a dataset with train/, val/ and test/; score "
+                f"them with deepfm_train_eval.py --predict {out}, or give the dataset's folder")
+    capsys.readouterr()
+    assert inspect_dataset.main([str(out)]) == 1 and capsys.readouterr() == ("", f"error: {expected}\n")
+    assert encode(out, tmp_path / "new.csv", tmp_path / "again") == 1
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    with pytest.raises(UserError) as raised:
+        read_dataset(str(out))
+    assert str(raised.value) == expected
 
 
 def test_ids_do_not_depend_on_memory_or_blocks(tables, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ from tools.converter.encoders import Encoder
 from tools.converter.names import is_readable
 from tools.trainer.cli import UserError, first_line, int_list, one_line, shorten
 from tools.trainer.dataset import columns_of_fields, read_dataset_info
-from tools.trainer.dataset_info import LABEL, SPLITS, check_file, parquet_files, read_info
+from tools.trainer.dataset_info import LABEL, SPLITS, check_file, parquet_files, read_info, refuse_rows
 from tools.trainer.places import as_place, parquet_file
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory
@@ -296,6 +296,11 @@ def inspect(data_dir, table_sizes=None):
     result = {"data_dir": str(data_dir), "problems": problems, "encoding": None, "splits": {}, "fields": []}
     if not data_dir.is_dir():
         problems.append(f"{data_dir} is not a folder; it should hold train/, val/ and test/")
+        return result
+    try:
+        refuse_rows(data_dir)
+    except UserError as error:
+        problems.append(str(error))
         return result
     info = read_description(data_dir, problems)
     result["encoding"] = info.get("encoding")

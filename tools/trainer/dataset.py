@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, check_file, parquet_files, read_info
+from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, check_file, parquet_files, read_info, refuse_rows
 from tools.trainer.places import as_name, as_place, of_name, open_regular, parquet_file
 
 
@@ -229,6 +229,7 @@ def read_dataset_info(data_dir):
     "files": digests}.
     Raises: UserError when the file is not what a converter writes.
     """
+    refuse_rows(data_dir)
     if not (as_place(data_dir) / INFO).exists():
         return {}
     info = read_info(data_dir, schema=OF_SPLITS)

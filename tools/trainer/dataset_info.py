@@ -58,10 +58,18 @@ SCHEMA = {  # what all versions have; format 2 also says how raw values become i
 OF_SPLITS = {**SCHEMA, "num_samples": dict.fromkeys(SPLITS, size)}  # of a dataset that is trained on
 
 
+def refuse_rows(folder):
+    """Raise a UserError where a dataset is expected and the folder holds rows of encode_rows.py."""
+    if (as_place(folder) / ROWS_INFO).exists() and not (as_place(folder) / INFO).exists():
+        raise UserError(f"{folder} holds rows that tools/encode_rows.py encoded, not a dataset with train/, val/ and "
+                        f"test/; score them with deepfm_train_eval.py --predict {folder}, or give the dataset's folder")
+
+
 def read_info(folder, name=INFO, schema=SCHEMA):
     """Contents of a dataset_info.json, checked as far as the schema and the offsets go. Raises: UserError"""
     path = as_place(folder) / name
     if not path.exists():
+        refuse_rows(folder)
         raise UserError(f"no {name} in {folder}; give a folder that a converter made")
     info = read_json(path, schema, ADVICE)
     names, offset = [field["name"] for field in info["fields"]], 0

@@ -249,6 +249,56 @@ def test_output_files(day, tmp_path, fails):
                                        "--keep_columns", "none")
 
 
+def test_no_rows_are_scored_as_no_rows(day, tmp_path, fails, capfd):
+    """As of an hour without any: a header only, parquet or shards without rows; all ways write the columns and no row,
+    and say so. A file without even a header, or a folder without files, is a mistake."""
+    header = tmp_path / "header.csv"
+    header.write_text((day / "new.csv").read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
+    pq.write_table(pa_csv.read_csv(day / "new.csv")[:0], tmp_path / "raw.parquet")
+    encode = ["--dataset", str(day / "data"), "--keep", "request", "--overwrite", "--output_dir"]
+    for rows in (header, tmp_path / "raw.parquet"):
+        assert encode_rows.main([*encode, str(tmp_path / "ids"), "--input", str(rows)]) == 0
+        assert f"wrote {tmp_path}/ids: 0 rows with labels, 5 fields\n" in capfd.readouterr().out
+    shutil.copy(tmp_path / "ids" / "part-00000.parquet", tmp_path / "ids.parquet")  # without what describes it
+    some = tmp_path / "some"
+    some.mkdir()
+    shutil.copy(header, some / "1.csv")
+    shutil.copy(day / "new.csv", some / "2.csv")
+    assert encode_rows.main([*encode, str(tmp_path / "some ids"), "--input", str(some)]) == 0
+    pq.write_table(pq.read_table(tmp_path / "ids"), tmp_path / "some ids" / "part-00001.parquet")
+    (tmp_path / "some ids" / "_dataset_info.json").unlink()
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "none").mkdir()
+    wrong = {"empty.csv": "is empty, expected rows", "none": "has no data files in it"}
+    score = [f"--model_load_dir={best(day)}", "--device=cpu", "--overwrite", "--predict_output", tmp_path / "p.parquet"]
+    counts = {"header.csv": 0, "raw.parquet": 0, "ids": 0, "ids.parquet": 0, "some": 450, "some ids": 450}
+    for name, count in counts.items():
+        trainer_module.main([*map(str, score), "--predict", str(tmp_path / name)])
+        assert f"\nWrote {count} probabilities to {tmp_path}/p.parquet\n" in capfd.readouterr().out
+        assert pq.read_table(tmp_path / "p.parquet").num_rows == count
+    for name, message in wrong.items():
+        assert f"{name} {message}" in fails(*score, "--predict", tmp_path / name)
+        assert encode_rows.main([*encode, str(tmp_path / "ids"), "--input", str(tmp_path / name)]) == 1
+        assert f"{name} {message}" in capfd.readouterr().err
+    if has_onnx():
+        no_rows_as_onnx(day, tmp_path, wrong, capfd)
+
+
+def no_rows_as_onnx(day, tmp_path, wrong, capfd):
+    import export_onnx
+
+    for inputs, names in (("raw", ("header.csv", "raw.parquet")), ("ids", ("ids", "ids.parquet"))):
+        path, output = tmp_path / f"{inputs}.onnx", tmp_path / "s.parquet"
+        export_onnx.main([f"--model_load_dir={best(day)}", f"--output={path}", f"--inputs={inputs}", "--device=cpu"])
+        for name in names:
+            capfd.readouterr()
+            assert score_onnx.main([str(path), str(tmp_path / name), f"--output={output}", "--overwrite"]) == 0
+            assert capfd.readouterr().out == f"wrote {output}: 0 rows\n" and pq.read_table(output).num_rows == 0
+        for name, message in wrong.items():
+            assert score_onnx.main([str(path), str(tmp_path / name)]) == 1
+            assert f"{name} {message}" in capfd.readouterr().err
+
+
 def test_unknown_values_and_ids(day, tmp_path, fails, capfd):
     predict(day, day / "new.csv", tmp_path / "a.parquet")
     assert "values that it does not know: user " in capfd.readouterr().out

@@ -30,6 +30,7 @@ from tools.converter import convert, growth, info, publish, splits
 from tools.converter.encoders import Encoder
 from tools.converter.rows import RowMaker
 from tools.converter.source import Source, open_files
+from tools.converter.writer import SplitWriter, parquet_writer, rows_digest
 from tools.trainer.cli import UserError, name_list
 from tools.trainer.dataset_info import LABEL, digest_of, parquet_files
 
@@ -41,7 +42,14 @@ def open_source(engine, args, encoder, wanted):
     if len(set(labelled)) > 1:
         raise UserError(f"{files[labelled.index(False)].path} has no label {encoder.label!r}, but "
                         f"{files[labelled.index(True)].path} has; encode them one by one")
-    return Source(engine, [(raw, 0) for raw in files], wanted)
+    return Source(engine, [(raw, 0) for raw in files], wanted, may_be_empty=True)
+
+
+def write_no_rows(job, labelled):
+    """A shard that has the columns only, for an hour without rows, say; returns what engine.encode would."""
+    with SplitWriter(job.folder, job.id_columns(), job.id_dtype(), 0, labelled, job.carried_schema) as writer:
+        parquet_writer(job.folder / "part-00000.parquet", writer.schema).close()
+    return {"rows": 0}, {"rows": rows_digest([])}
 
 
 def encode_rows(args):
@@ -56,7 +64,7 @@ def encode_rows(args):
         source = open_source(engine, args, encoder, [*encoder.raw_columns, *carried.values()])
         labelled = encoder.label in source.parts[0].raw.columns
         job = convert.Job(source, maker, folder, scratch, args)
-        num_samples, digests = engine.encode(job, unknown)
+        num_samples, digests = engine.encode(job, unknown) if source.num_rows else write_no_rows(job, labelled)
         made = {"tool": "tools/encode_rows.py", "options": {"dataset": args.dataset, "engine": args.engine}}
         counts = {field.name: int(count) for field, count in zip(encoder.fields, unknown)}
         label = LABEL if labelled else None

@@ -16,18 +16,18 @@ first row over all inputs; rows: how many it has; blocks: what the engine found 
 class Source:
     """Attributes: parts (list of Part), num_rows (all rows), labels (int8 of all rows where they were asked for)."""
 
-    def __init__(self, engine, files, wanted, labels_of=None):
+    def __init__(self, engine, files, wanted, labels_of=None, may_be_empty=False):
         """engine: counts the rows. files: list of (raw, split or None). wanted: raw columns that every file must have.
 
         labels_of: None, or a function that says what is wrong with a line's cells; with it the first character of every
-        line is kept as its label.
+        line is kept as its label. may_be_empty: whether files without rows, such as those of an hour without any, pass.
         """
         self.parts, self.num_rows = [], 0
         for raw, _ in files:
             raw.check_columns(wanted)
         counted = engine.count([raw for raw, _ in files], labels_of)
         for (raw, split), (rows, _, blocks) in zip(files, counted):
-            if not rows:
+            if not rows and not may_be_empty:
                 raise UserError(f"{raw.path} has a header but no rows" if raw.is_text else f"{raw.path} has no rows")
             self.parts.append(Part(raw, split, self.num_rows, rows, blocks))
             self.num_rows += rows

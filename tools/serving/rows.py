@@ -1,7 +1,7 @@
 """Rows to score, of any form: shards of ids, or raw rows (text or parquet), which are encoded on the way.
 
 What is what: text is raw. Parquet files are ids where a converter left dataset_info.json or _dataset_info.json with
-them, or where all columns of ids are there and hold ids of their tables; else raw.
+them, or where all columns of ids are there and hold ids of their tables, if they have rows; else raw.
 """
 
 import os
@@ -94,7 +94,7 @@ def holds_ids(raw, model):
     if raw.is_text or not all(name in raw.columns and kinds.is_integer(raw.types[name]) for name in model.columns):
         return False
     block = next(raw.blocks(model.columns), None)
-    return block is not None and not outside(ids_of(block.data, model), model).any()
+    return block is None or not outside(ids_of(block.data, model), model).any()
 
 
 def ids_of(batch, model):

@@ -58,6 +58,23 @@ def test_output_that_cannot_be_written_is_one_line(shared_dataset_dir, tmp_path)
     assert (result.returncode, result.stderr) == (1, b"error: nobody reads the output any more\n")
 
 
+@pytest.mark.parametrize("command", [
+    ["deepfm_train_eval.py", "--help"], ["tools/table_to_parquet.py", "--help"], ["tools/inspect_dataset.py", "DATA"],
+    ["tools/make_criteo_sample.py", "--num_rows", "9", "--output_dir", "OUT"],
+], ids=lambda command: command[0])
+def test_all_output_that_cannot_be_written_ends_alike(shared_dataset_dir, tmp_path, command):
+    """No traceback of the interpreter's own end either."""
+    names = {"DATA": str(shared_dataset_dir), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, str(ROOT / command[0]), *(names.get(word, word) for word in command[1:])]
+    reader, closed = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        for output, text in ((closed, "nobody reads the output any more"), (full, "no space left on the disk; .*")):
+            result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
+            assert result.returncode == 1 and re.fullmatch(f"error: {text}\n", result.stderr), result.stderr
+    os.close(closed)
+
+
 @pytest.mark.parametrize("number, twice, text", [(signal.SIGINT, True, "interrupted"),
                                                  (signal.SIGTERM, False, "terminated")])
 def test_signals_end_in_one_line_also_while_oneflow_has_the_thread(shared_dataset_dir, tmp_path, number, twice, text):

@@ -59,6 +59,12 @@ class Parser(argparse.ArgumentParser):
         near = {name: difflib.get_close_matches(name, self._option_string_actions, 1, 0.7) for name in names}
         return {name: found[0] for name, found in near.items() if found}
 
+    def print_help(self, file=None):
+        """A reader that has gone, or a full disk, is one line as in all output."""
+        status = run_tool(lambda: argparse.ArgumentParser.print_help(self, file))
+        if status:
+            sys.exit(status)
+
     def error(self, message):
         if signal.getsignal(signal.SIGINT) is _end_early:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # its line is said; the end takes a while
@@ -328,9 +334,6 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
         return code or 0
     except UserError as error:
         message, code = str(error), 1
-    except BrokenPipeError:  # nobody reads the output any more; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
         message, code = os_error_text(error, full_disk), 1
     except UnicodeEncodeError as error:  # of Arrow, for a path
@@ -343,4 +346,13 @@ def run_tool(work, ending="", full_disk="free some, or choose another folder"):
         message, code = f"terminated{ending}", error.code
     with suppress(OSError):
         print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    drop_output()
     return code
+
+
+def drop_output():
+    """Send what stdout cannot write to nowhere: Python would complain again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

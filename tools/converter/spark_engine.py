@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import zipfile
 from collections import namedtuple
@@ -67,13 +68,16 @@ class SparkEngine:
         self.args, self.scratch, self.spark = args, scratch, None
 
     def __enter__(self):
-        with signals_held():
-            self.spark = start_spark(self.args, self.scratch)
+        with signals_held(), contextlib.ExitStack() as stack:
+            local_dir = stack.enter_context(path_without_comma(self.scratch / "spark"))
+            self.spark = start_spark(self.args, self.scratch, local_dir)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, _):
         with contextlib.suppress(Exception):  # it may have gone already, which is not what to report
             self.spark.stop()
+        self.stack.close()
         # Py4JJavaError, PythonException, ...: a worker's error comes as the text of a traceback
         if isinstance(error, Exception) and type(error).__module__.split(".")[0] in ("py4j", "pyspark"):
             raise worker_error(error) from None
@@ -267,7 +271,20 @@ def signals_held():
         handlers[came[0][0]](*came[0])
 
 
-def start_spark(args, scratch):
+@contextlib.contextmanager
+def path_without_comma(folder):
+    """Context manager: the folder's path, or a link to it where Spark would take it for several ones."""
+    if "," not in str(folder):
+        yield folder
+        return
+    folder.mkdir()
+    with tempfile.TemporaryDirectory(prefix="spark-") as place:
+        link = Path(place) / "link"
+        link.symlink_to(folder.absolute())
+        yield link
+
+
+def start_spark(args, scratch, local_dir):
     home = os.environ.get("JAVA_HOME")
     if not shutil.which(os.path.join(home, "bin", "java") if home else "java"):
         where = f"in JAVA_HOME {home}" if home else "here"
@@ -288,7 +305,7 @@ def start_spark(args, scratch):
     settings = {
         "spark.driver.memory": f"{int(args.memory_gb * 1024)}m",
         "spark.driver.maxResultSize": "0",
-        "spark.local.dir": str(scratch / "spark"),
+        "spark.local.dir": str(local_dir),
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={log_settings.absolute().as_uri()}",

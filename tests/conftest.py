@@ -1,8 +1,10 @@
 """Fixtures: a tiny dataset of three fields with a learnable label, and ways to run the trainer as users do."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 TABLE_SIZES = [7, 11, 40]
 ROWS = 32  # batch size of `make_trainer`
+HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
+needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
 def pytest_configure(config):
@@ -132,6 +136,46 @@ def metrics_lines(output, split):
     """[(AUC, logloss)] of the trainer's lines on a split."""
     found = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)
     return [(float(auc), float(logloss)) for auc, logloss in found]
+
+
+# --------------------------------------------------------------------------------------------------------------- Spark
+
+
+SPARK_TOOLS = """
+import importlib, json, sys
+from tools.converter import raw
+for line in sys.stdin:
+    tool, raw.BLOCK_BYTES, options = json.loads(line)
+    print("STATUS", importlib.import_module(tool).main(options) or 0, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_on_spark(tmp_path_factory):
+    """Run a tool on Spark in a process for all of them: the first start of Java takes most of the time.
+
+    Returns (exit status, output, errors) of the tool, and of Java. The current folder is one beside tmp_path, and must
+    be empty at the end.
+    """
+    folder = tmp_path_factory.mktemp("spark")
+    errors = folder.with_name(f"{folder.name}-errors")
+    java = {"SPARK_SUBMIT_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}  # starts in half of the time
+    with errors.open("w") as file, errors.open() as new_errors, subprocess.Popen(
+            [sys.executable, "-c", SPARK_TOOLS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+            cwd=folder, env={**os.environ, **java, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}) as process:
+
+        def run(tool, *options, cores=2, block_bytes=20_000):  # small blocks, so that there are several tasks
+            options = [*map(str, options), "--engine", "spark", "--spark_master", f"local[{cores}]", "--memory_gb", "1"]
+            print(json.dumps([tool, block_bytes, options]), file=process.stdin, flush=True)
+            lines = []
+            for line in process.stdout:
+                if line.startswith("STATUS "):
+                    return int(line.split()[1]), "".join(lines), new_errors.read()
+                lines.append(line)
+            raise AssertionError(f"{tool} ended the process with {process.wait()}: {new_errors.read()}")
+
+        yield run
+    assert os.listdir(folder) == []
 
 
 # ----------------------------------------------------------------------------------------- the trainer in this process

@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_spark
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from tools.converter import arrow_engine, convert, encoders, spark_engine, vocabulary
@@ -29,10 +28,6 @@ INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
 COLUMNS = ["Label", *INTEGERS, *CATEGORIES]
 NAMES = {"train": "train", "val": "valid", "test": "test"}
-
-
-HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
-needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
 # ------------------------------------------------------------------------------------------------- independent encoder
@@ -376,19 +371,14 @@ def test_new_rows_and_growth(nasty, tmp_path, capsys):
 
 
 @needs_spark
-def test_spark_equals_arrow(nasty, tmp_path):
-    script = ("import sys, criteo_parquet as t; from tools.converter import raw\n"
-              "raw.BLOCK_BYTES = 60_000\n"  # several blocks
-              "sys.exit(t.main(sys.argv[1:]))")
+def test_spark_equals_arrow(nasty, tmp_path, run_on_spark):
     scratch = tmp_path / "scratch"
     assert run(nasty[0], tmp_path / "arrow") == 0
-    done = subprocess.run(
-        [sys.executable, "-c", script, "--input_dir", nasty[0], "--output_dir", tmp_path / "spark", "--engine", "spark",
-         "--spark_master", "local[1]", "--spark_tmp_dir", scratch, "--memory_gb", "1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
-        capture_output=True, text=True)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    steps = [line.split(" rows/s")[0].rsplit(" ", 1)[0] for line in done.stdout.splitlines()]
+    status, output, errors = run_on_spark(
+        "criteo_parquet", "--input_dir", nasty[0], "--output_dir", tmp_path / "spark", "--spark_tmp_dir", scratch,
+        cores=1, block_bytes=60_000)
+    assert (status, errors) == (0, "")
+    steps = [line.split(" rows/s")[0].rsplit(" ", 1)[0] for line in output.splitlines()]
     assert steps[-5:-1] == [f"{step}: 660 rows," for step in ("counting tokens", "encoding", "sorting", "writing")]
     for split in NAMES:
         assert pq.read_table(tmp_path / "spark" / split).equals(pq.read_table(tmp_path / "arrow" / split))
@@ -399,7 +389,7 @@ def test_spark_equals_arrow(nasty, tmp_path):
 
 
 @needs_spark
-def test_spark_on_packed_files_and_bad_lines(tmp_path):
+def test_spark_on_packed_files_and_bad_lines(tmp_path, run_on_spark):
     """Workers unpack and count; folds are dealt by the labels that they have seen; a bad line is named as on arrow."""
     frame = random_frame(1003, 5)
     (tmp_path / "raw").mkdir()
@@ -408,19 +398,12 @@ def test_spark_on_packed_files_and_bad_lines(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.txt").write_bytes(to_text(frame, "\t", header=False))
     assert run(tmp_path / "raw", tmp_path / "arrow", "--min_categr_count", 3) == 0
-    script = """
-import sys, criteo_parquet as t
-from tools.converter import raw
-raw.BLOCK_BYTES = 60_000
-sys.exit(t.main(sys.argv[1:]))
-"""
-    done = {folder: subprocess.run([
-        sys.executable, "-c", script, "--input_dir", folder, "--output_dir", f"spark-{folder}", "--engine", "spark",
-        "--spark_master", "local[2]", "--min_categr_count", "3", "--memory_gb", "1"], cwd=tmp_path, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "tools")}) for folder in ("raw", "bad")}
-    assert (done["raw"].returncode, done["raw"].stderr) == (0, "")
-    assert (done["bad"].returncode, done["bad"].stderr) == (
-        1, "error: bad/train.txt, line 701: label '7', expected 0 or 1\n")
+    here = f"../{tmp_path.name}"  # relative paths
+    done = {folder: run_on_spark("criteo_parquet", "--input_dir", f"{here}/{folder}", "--output_dir",
+                                 f"{here}/spark-{folder}", "--min_categr_count", 3, block_bytes=60_000)
+            for folder in ("raw", "bad")}
+    assert done["raw"][::2] == (0, "")
+    assert done["bad"][::2] == (1, f"error: {here}/bad/train.txt, line 701: label '7', expected 0 or 1\n")
     assert sorted(os.listdir(tmp_path)) == ["arrow", "bad", "raw", "spark-raw"]
     for split in NAMES:
         assert pq.read_table(tmp_path / "spark-raw" / split).equals(pq.read_table(tmp_path / "arrow" / split))

@@ -1,8 +1,9 @@
 """tools/table_to_parquet.py and tools/encode_rows.py: every kind of field against a plain reading of what a dataset
 says about itself; splits, growth, carried columns, both engines, proposals, and bad input."""
 
+import contextlib
 import gzip
-import importlib.util
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import table_to_parquet
-from conftest import ROOT
+from conftest import HAS_SPARK, needs_spark
 
 from tools.converter import convert, encoders, rows, vocabulary
 from tools.converter import raw as raw_files
@@ -33,8 +34,6 @@ NAMES = ["user_id", "item", "title", "price", "stock", "tags", "device", "clicke
 OPTIONS = ["--label", "clicked", "--categorical", "user_id,item,title", "--numeric", "price,stock", "--numeric_bins",
            "price=7", "--list", "tags", "--list_length", "3", "--hash", "device=11", "--keep", "request,item",
            "--min_count", "2", "--min_count", "title=3"]  # fmt: skip
-HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
-needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -166,45 +165,35 @@ def assert_ids(table, expected):
 # ---------------------------------------------------------------------------------------------------------- round trips
 
 
-def commands(folder, ending, made, *options):
+def commands(folder, ending, made):
     """[(tool, arguments)]: a conversion, new rows of each split, and a growth, into the folder `made`."""
-    options = ["--memory_gb", "1", *options]
     new = [("encode_rows", ["--dataset", made / "d", "--input", folder / f"{split}.{ending}",
-                            "--output_dir", made / split, *options]) for split in SPLITS]
-    return [("table_to_parquet", [*inputs(folder, ending), *OPTIONS, "--output_dir", made / "d", *options]), *new,
+                            "--output_dir", made / split]) for split in SPLITS]
+    return [("table_to_parquet", [*inputs(folder, ending), *OPTIONS, "--output_dir", made / "d"]), *new,
             ("table_to_parquet", ["--base", made / "d", "--input", folder / f"day2.{ending}",
-                                  "--output_dir", made / "grown", *options])]
-
-
-ALL = """
-import importlib, json, sys
-from tools.converter import raw
-raw.BLOCK_BYTES = 20_000  # so that there are several tasks
-for tool, options in json.load(sys.stdin):
-    status = importlib.import_module(tool).main(options)
-    if status:
-        sys.exit(status)
-"""
+                                  "--output_dir", made / "grown"])]
 
 
 @pytest.fixture(scope="module")
-def made(tables, tmp_path_factory):
+def made(request, tables, tmp_path_factory):
     """Folder with what `commands` make: arrow/{csv,parquet}, and spark/{csv,parquet} where Spark runs."""
     _, folder = tables
     for write, ending in ((write_csv, "csv"), (write_parquet, "parquet")):
         write(folder / f"day2.{ending}", cells_of(900, 9))
-    root = tmp_path_factory.mktemp("made")
-    engines = ["arrow", "spark"] if HAS_SPARK else ["arrow"]
-    work = []
-    for engine in engines:
+    root, errors = tmp_path_factory.mktemp("made"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(raw_files, "BLOCK_BYTES", 20_000)  # so that there are several tasks
         for ending in ("csv", "parquet"):
-            todo = commands(folder, ending, root / engine / ending, "--engine", engine, "--spark_master", "local[2]")
-            # a start of Spark takes seconds
-            work += todo if engine == "arrow" else [todo[0], todo[2], todo[4]] if ending == "csv" else todo[:1]
-    work = [(tool, list(map(str, options))) for tool, options in work]
-    done = subprocess.run([sys.executable, "-c", ALL], input=json.dumps(work), capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"})
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+            for tool, options in commands(folder, ending, root / "arrow" / ending):
+                assert sys.modules[tool].main([*map(str, options), "--memory_gb", "1"]) == 0
+    assert errors.getvalue() == ""
+    if HAS_SPARK:
+        run_on_spark = request.getfixturevalue("run_on_spark")
+        for ending, chosen in (("csv", [0, 2, 4]), ("parquet", [0])):  # each takes seconds
+            todo = commands(folder, ending, root / "spark" / ending)
+            for tool, options in [todo[number] for number in chosen]:
+                status, output, errors = run_on_spark(tool, *options)
+                assert (status, errors) == (0, ""), output + errors
     return root
 
 
@@ -710,14 +699,15 @@ def test_output_with_bytes_that_are_not_utf8_is_one_line(tables, tmp_path, capsy
 
 
 @needs_spark
-def test_paths_are_not_patterns_for_spark(tables, dataset, tmp_path):
+def test_paths_are_not_patterns_for_spark(tables, dataset, tmp_path, run_on_spark):
     """Neither of rows, nor of the scratch folder, which Spark reads again."""
     folder = tmp_path / "a [1]?#{b,c}*ü"
     folder.mkdir()
     shutil.copy(tables[1] / "train.csv", folder / "a[1].csv")
-    assert run(folder / "d", "--input", folder / "a[1].csv", "--base", dataset, "--engine", "spark", "--spark_master",
-               "local[1]") == 0
-    assert run(folder / "e", "--input", folder / "a[1].csv", "--base", dataset) == 0
+    common = ["--input", folder / "a[1].csv", "--base", dataset, "--output_dir"]
+    status, _, errors = run_on_spark("table_to_parquet", *common, folder / "d", cores=1)
+    assert (status, errors) == (0, "")
+    assert run(folder / "e", *common[:-1]) == 0
     for split in SPLITS:
         assert pq.read_table(folder / "d" / split).equals(pq.read_table(folder / "e" / split))
 

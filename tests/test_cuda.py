@@ -1,8 +1,8 @@
 """The CUDA path: trained, saved, loaded, scored. One command: bash tests/run.sh tests/test_cuda.py
 
 On a machine with a GPU it runs there; elsewhere with OneEmbedding's store in host memory (host_embedding.py), which is
-the same code up to the kernels. All that the selected tests do runs in one process (cuda_jobs.py), and what needs a
-fresh one runs in a second. A job that ends its process fails alone: those behind it go on in another.
+the same code up to the kernels. All that the selected tests do runs in two processes (cuda_jobs.py), and what needs a
+fresh one runs in two more. A job that ends its process fails alone: those behind it go on in another.
 
 Needs a OneFlow with kernels for the GPU: PyPI's 0.9.0 has them for sm_60 to sm_86, 0.8.0 for sm_60 to sm_75 and PTX.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,16 +132,24 @@ def results(request, data_dir, tmp_path_factory):
     """{name of a job, "CASE first 0" say: its result} of all selected tests"""
     cases = {item.callspec.params["case"].name: item.callspec.params["case"] for item in request.session.items
              if item.fspath == request.node.fspath}
-    work, found = tmp_path_factory.mktemp("work"), {}
-    for turn in ("first", "second"):
-        jobs = []
-        for name, case in cases.items():
-            if not any(name == job.split()[0] and "error" in result for job, result in found.items()):
-                text = json.dumps(getattr(case, turn)).replace("DATA", str(data_dir)).replace("WORK", str(work / name))
-                jobs += [[f"{name} {turn} {number}", function, arguments]
-                         for number, (function, *arguments) in enumerate(json.loads(text))]
-        found.update(run_jobs(jobs))
-    return found
+    work = tmp_path_factory.mktemp("work")
+
+    def run_cases(names):
+        found = {}
+        for turn in ("first", "second"):
+            jobs = []
+            for name in names:
+                if not any(name == job.split()[0] and "error" in result for job, result in found.items()):
+                    text = json.dumps(getattr(cases[name], turn)).replace("DATA", str(data_dir))
+                    jobs += [[f"{name} {turn} {number}", function, arguments] for number, (function, *arguments)
+                             in enumerate(json.loads(text.replace("WORK", str(work / name))))]
+            found.update(run_jobs(jobs))
+        return found
+
+    names = list(cases)
+    with ThreadPoolExecutor(2) as pool:  # a job waits for its disk or GPU for half of its time
+        first, second = pool.map(run_cases, (names[::2], names[1::2]))
+    return {**first, **second}
 
 
 @pytest.fixture

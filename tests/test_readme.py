@@ -1,5 +1,6 @@
 """README and launcher say what the programs do."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from deepfm_train_eval import make_parser
 
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README, "tools/BENCHMARKS.md": (ROOT / "tools" / "BENCHMARKS.md").read_text()}
+TOOLS = ["tests/fuzz.py", *(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")
+                            if "def parse_args" in path.read_text())]
+BENCHMARKS = ["step", "loader", "eval", "scale", "serve", "convert", "accuracy"]
 ORIGINAL = (  # the arguments of the original script, in the order of its table
     "data_dir num_train_samples num_val_samples num_test_samples model_load_dir model_save_dir save_initial_model "
     "save_model_after_each_eval disable_fusedmlp embedding_vec_size dnn net_dropout learning_rate batch_size "
@@ -54,24 +58,43 @@ def commands(page):
             yield programs[-1], set(re.findall(r" --([a-z]\w*)", line.split(programs[-1])[1]))
 
 
+# each as a script, with its folder first in the path; in one process, which imports OneFlow once
+HELP = """
+import contextlib, io, json, os, runpy, sys
+texts = []
+for script, *words in json.load(sys.stdin):
+    sys.argv, sys.path[0] = [script, *words], os.path.dirname(script)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, script
+    assert text.getvalue(), script
+    texts.append(text.getvalue())
+json.dump(texts, sys.stdout)
+"""
+
+
 @pytest.fixture(scope="module")
 def options_of():
-    """Options of a program by its --help, of benchmark.py of all its commands; the launcher takes the trainer's."""
-    known = {}
-
-    def look(program):
-        if program not in known:
-            script = "deepfm_train_eval.py" if program.startswith("train_deepfm") else program
-            words = ["step", "loader", "eval", "scale", "serve", "convert", "accuracy"]
-            words = words if "benchmark" in program else [None]
-            runner = "bash" if script.endswith(".sh") else sys.executable
-            text = "".join(subprocess.run(
-                [runner, ROOT / script, *([word] if word else []), "--help"], capture_output=True, text=True,
-                check=True).stdout for word in words)
-            known[program] = {"help", *re.findall(r"--([a-z]\w*)", text)}
-        return known[program]
-
-    return look
+    """{program: options in its --help}, of benchmark.py in all its commands'; the launcher takes the trainer's."""
+    programs = {program for page in PAGES.values() for program, options in commands(page)
+                if program.endswith(".py") or options} | set(TOOLS)
+    known, runs = {program: {"help"} for program in programs}, []
+    for program in sorted(programs):
+        script = str(ROOT / ("deepfm_train_eval.py" if program.startswith("train_deepfm") else program))
+        if script.endswith(".sh"):
+            text = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True).stdout
+            known[program] |= set(re.findall(r"--([a-z]\w*)", text))
+        elif "benchmark" in program:
+            runs += [(program, [script, word, "--help"]) for word in BENCHMARKS]
+        else:
+            runs.append((program, [script, "--help"]))
+    done = subprocess.run([sys.executable, "-c", HELP], input=json.dumps([run for _, run in runs]), text=True,
+                          stdout=subprocess.PIPE, check=True)
+    for (program, _), text in zip(runs, json.loads(done.stdout)):
+        known[program] |= set(re.findall(r"--([a-z]\w*)", text))
+    return known
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -79,14 +102,12 @@ def test_commands_have_options_of_their_own_program(page, options_of):
     found = [(program, options) for program, options in commands(PAGES[page]) if program.endswith(".py") or options]
     assert len(found) > 3
     for program, options in found:
-        assert options <= options_of(program), (program, options - options_of(program))
+        assert options <= options_of[program], (program, options - options_of[program])
 
 
 def test_options_in_the_text_exist(options_of):
     """Those outside of commands, of the trainer or of a tool."""
-    tools = [path for path in (ROOT / "tools").glob("*.py") if "def parse_args" in path.read_text()]
-    tools.append(ROOT / "tests" / "fuzz.py")
-    known = set(parser_arguments()).union(*(options_of(str(path.relative_to(ROOT))) for path in tools))
+    known = set(parser_arguments()).union(*(options_of[tool] for tool in TOOLS))
     launcher = {"nproc_per_node", "nnodes", "node_rank", "master_addr"}  # of oneflow.distributed.launch
     for page in PAGES.values():
         assert set(re.findall(r"--([a-z][a-z0-9_]+)", page)) <= known | launcher

@@ -1,6 +1,8 @@
 """Fixtures: a tiny dataset of three fields with a learnable label, and ways to run the trainer as users do."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -8,7 +10,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -132,6 +136,12 @@ def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120
     return result.stdout, result.stderr
 
 
+def at_the_same_time(*works):
+    """What the functions return, which wait for processes."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(work) for work in works]]
+
+
 def metrics_lines(output, split):
     """[(AUC, logloss)] of the trainer's lines on a split."""
     found = re.findall(rf"{split} AUC ([\d.]+), {split} LogLoss ([\d.]+)", output)
@@ -189,6 +199,21 @@ def assert_same(first, second):
     assert first.keys() == second.keys()
     for name in first:
         assert compare(first[name], second[name]), name
+
+
+def main_here(*arguments):
+    """The trainer in this process, which saves its start; returns stdout."""
+    from deepfm_train_eval import main
+
+    failed = mock.Mock(side_effect=AssertionError("the trainer ended with an error"))
+    with mock.patch.object(os, "_exit", failed), contextlib.redirect_stdout(io.StringIO()) as output:
+        main([*map(str, arguments)])
+    return output.getvalue()
+
+
+def train_here(data_dir, work_dir, *options):
+    """As `run_trainer` in this process; returns stdout."""
+    return main_here(*trainer_command(data_dir, work_dir, *options)[2:])
 
 
 @pytest.fixture

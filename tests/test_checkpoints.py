@@ -14,7 +14,16 @@ import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TABLE_SIZES, assert_same, make_dataset, metrics_lines, run_trainer, trainer_command
+from conftest import (
+    ROOT,
+    TABLE_SIZES,
+    assert_same,
+    make_dataset,
+    metrics_lines,
+    run_trainer,
+    train_here,
+    trainer_command,
+)
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
@@ -60,8 +69,8 @@ def shared_dataset_dir(distinct_dataset_dir):
 def finished(shared_dataset_dir, tmp_path_factory):
     """(folder, log) of a run with every kind of checkpoint."""
     work = tmp_path_factory.mktemp("finished")
-    output, _ = run_trainer(shared_dataset_dir, work, "--model_save_dir", work / "save", "--save_initial_model",
-                            "--save_model_after_each_eval", "--train_batches", "14")
+    output = train_here(shared_dataset_dir, work, "--model_save_dir", work / "save", "--save_initial_model",
+                        "--save_model_after_each_eval", "--train_batches", "14")
     return work, output
 
 
@@ -159,12 +168,15 @@ KILLS = [  # (where, what, which call, when), last complete checkpoint
 def uninterrupted(shared_dataset_dir, tmp_path_factory):
     """A run that saves after each of its 20 steps."""
     work = tmp_path_factory.mktemp("uninterrupted")
-    run_trainer(shared_dataset_dir, work, "--model_save_dir", work / "save", "--checkpoint_interval", "1", *RESUME)
+    train_here(shared_dataset_dir, work, "--model_save_dir", work / "save", "--checkpoint_interval", "1", *RESUME)
     return work
 
 
 def run_with_kills(data_dir, work, options, kills):
-    """Start a run, kill and resume it again and again; the last start goes to the end. Returns its output."""
+    """Start a run, kill and resume it again and again; the last start, in this process, goes to the end.
+
+    Returns the output of that.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for kill, last in kills:
         killer = work / "killer.py"
@@ -176,7 +188,7 @@ def run_with_kills(data_dir, work, options, kills):
         steps = [json.loads(path.read_text())["progress"]["step"] for path in (work / "save").glob("[!.]*/state.json")]
         assert (f"step_{max(steps)}" if steps else None) == last, kill
         options = ["--resume"] + [option for option in options if option != "--resume"]
-    return run_trainer(data_dir, work, *options)[0]
+    return train_here(data_dir, work, *options)
 
 
 def logged(work):
@@ -215,7 +227,7 @@ def test_killed_between_evaluations_inside_an_epoch(shared_dataset_dir, tmp_path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for work in (whole, killed):
         work.mkdir()
-    output, _ = run_trainer(shared_dataset_dir, whole, *options, whole / "save")
+    output = train_here(shared_dataset_dir, whole, *options, whole / "save")
     end = run_with_kills(shared_dataset_dir, killed, [*options, killed / "save"], INSIDE)
     assert_same(everything(killed, "step_20"), everything(whole, "step_20"))
     assert_same(everything(killed, "best_checkpoint"), everything(whole, "best_checkpoint"))
@@ -652,8 +664,8 @@ def test_a_killed_run_without_a_save_dir_can_be_resumed(run_here, fails, finishe
 
 
 def test_best_epoch_without_a_save_dir(shared_dataset_dir, tmp_path):
-    output, _ = run_trainer(shared_dataset_dir, tmp_path, "--train_batches", "28", "--learning_rate", "0.3",
-                            "--net_dropout", "0", "--early_stop_patience", "2")
+    output = train_here(shared_dataset_dir, tmp_path, "--train_batches", "28", "--learning_rate", "0.3",
+                        "--net_dropout", "0", "--early_stop_patience", "2")
     aucs = metrics_lines(output, "val")
     best = int(np.argmax([auc - logloss for auc, logloss in aucs[:-1]]))
     assert best < len(aucs) - 2 and aucs[-1] == aucs[best] and "the checkpoint is not kept" in output

@@ -1,13 +1,14 @@
 """Columns that are no fields, weights and groups; down-sampled negatives; whole runs with them."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_dataset, metrics_lines, run_trainer, trainer_command
+from conftest import make_dataset, metrics_lines, run_trainer, train_here, trainer_command
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
@@ -170,9 +171,9 @@ def test_what_cannot_be_used_is_one_line_before_training(weighted_dataset_dir, t
     assert "\n" not in str(raised.value)
 
 
-def test_a_mistake_ends_in_one_line(weighted_dataset_dir, tmp_path):
-    _, errors = run_trainer(weighted_dataset_dir, tmp_path, "--weight_column", "nothing", status=1)
-    assert errors.startswith("error: --weight_column nothing is not a column") and errors.count("\n") == 1
+def test_a_mistake_ends_in_one_line(weighted_dataset_dir, tmp_path, fails):
+    error = fails(weighted_dataset_dir, tmp_path, "--weight_column", "nothing")
+    assert error.startswith("error: --weight_column nothing is not a column")
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -193,8 +194,8 @@ def predictions(data_dir, work, split, *options):
 @pytest.fixture(scope="module")
 def weighted_run(weighted_dataset_dir, tmp_path_factory):
     work = tmp_path_factory.mktemp("weighted_run")
-    output, _ = run_trainer(weighted_dataset_dir, work, "--weight_column", "w", "--group_column", "user",
-                            "--model_save_dir", work / "save", "--log_dir", work / "logs", "--train_batches", "14")
+    output = train_here(weighted_dataset_dir, work, "--weight_column", "w", "--group_column", "user",
+                        "--model_save_dir", work / "save", "--log_dir", work / "logs", "--train_batches", "14")
     return work, output
 
 
@@ -232,11 +233,11 @@ def test_evaluation_of_a_checkpoint_knows_the_columns(run_here, weighted_dataset
 def test_two_processes_equal_one(weighted_dataset_dir, tmp_path):
     options = ["--batch_norm", "--optimizer", "adagrad", "--warmup_batches", "5"]
     logs = []
-    for processes in (1, 2):
-        work = tmp_path / str(processes)
-        run_trainer(weighted_dataset_dir, work, "--net_dropout", "0", "--log_dir", work / "logs", "--weight_column",
-                    "w", "--group_column", "user", "--train_batches", "12", "--loss_print_interval", "3",
-                    "--eval_interval", "5", *options, processes=processes)
+    for name, train in (("1", train_here), ("2", partial(run_trainer, processes=2))):
+        work = tmp_path / name
+        train(weighted_dataset_dir, work, "--net_dropout", "0", "--log_dir", work / "logs", "--weight_column", "w",
+              "--group_column", "user", "--train_batches", "12", "--loss_print_interval", "3", "--eval_interval", "5",
+              *options)
         logs.append(metrics_log(work))
     assert [(line["event"], line["step"]) for line in logs[0][:-1]] == [
         ("train", 3), ("val", 5), ("train", 6), ("train", 9), ("val", 10), ("train", 12), ("val", 12)]

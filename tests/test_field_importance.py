@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_dataset, run_trainer
+from conftest import ROOT, make_dataset, train_here
 from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
@@ -27,7 +27,7 @@ def work_dir(tmp_path_factory):
     """A dataset and a trained model."""
     folder = tmp_path_factory.mktemp("importance")
     make_dataset(folder / "data", rows=(5000, ROWS, 200), table_sizes=TABLE_SIZES, row_group_rows=500)
-    run_trainer(folder / "data", folder, "--model_save_dir", folder / "run", "--train_batches", 160)
+    train_here(folder / "data", folder, "--model_save_dir", folder / "run", "--train_batches", 160)
     return folder
 
 

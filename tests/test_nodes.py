@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TABLE_SIZES, free_port, metrics_lines, run_trainer, trainer_command
+from conftest import ROOT, TABLE_SIZES, free_port, metrics_lines, train_here, trainer_command
 
 from tools.trainer import checkpoints
 from tools.trainer.chunks import read_rows
@@ -80,8 +80,8 @@ def rows_on_two_disks(folder, state, table, path):
 
 
 def test_two_nodes_without_a_shared_disk_train_resume_and_end_together(nodes, distinct_dataset_dir, tmp_path):
-    run_trainer(distinct_dataset_dir, tmp_path / "one", "--train_batches", "7", "--net_dropout", "0",
-                "--model_save_dir", tmp_path / "one" / "save")
+    train_here(distinct_dataset_dir, tmp_path / "one", "--train_batches", "7", "--net_dropout", "0",
+               "--model_save_dir", tmp_path / "one" / "save")
     first, second = start(nodes, distinct_dataset_dir, tmp_path, "--train_batches", "7")
     output, errors = first.communicate(timeout=120)
     assert (first.returncode, second.wait(60)) == (0, 0), errors + second.stderr.read()

@@ -23,7 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import table_to_parquet
-from conftest import ROOT, free_port, make_dataset, metrics_lines, run_trainer, trainer_command
+from conftest import (
+    ROOT,
+    at_the_same_time,
+    free_port,
+    main_here,
+    make_dataset,
+    metrics_lines,
+    run_trainer,
+    trainer_command,
+)
 
 from deepfm_train_eval import read_rows
 from tools.converter import publish
@@ -445,20 +454,21 @@ def test_s3_names_are_no_patterns(clicks, s3, capsys):
 def test_trainer_on_s3(clicks, s3, tmp_path):
     """Two processes train, stop, and predict as from the local disk."""
     put(s3, clicks / "data", "bucket/trained")
-    options = ["--train_batches", "30", "--seed", "3"]
-    found = {}
-    for name, data_dir in (("here", clicks / "data"), ("there", "s3://bucket/trained")):
-        output, _ = run_trainer(data_dir, tmp_path / name, *options, "--model_save_dir", tmp_path / name / "m",
-                                processes=2)
-        found[name] = metrics_lines(output, "test")
-    assert found["here"] and found["here"] == found["there"]
+
+    def train(name, data_dir):
+        output, _ = run_trainer(data_dir, tmp_path / name, "--train_batches", "30", "--seed", "3", "--model_save_dir",
+                                tmp_path / name / "m", processes=2)
+        return metrics_lines(output, "test")
+
+    here, there = at_the_same_time(lambda: train("here", clicks / "data"),
+                                   lambda: train("there", "s3://bucket/trained"))
+    assert here and here == there
     folder = tmp_path / "there" / "m" / "best_checkpoint"
     assert json.loads((folder / "state.json").read_text())["data"]["dir"] == "s3://bucket/trained"
     scores = {}
     for name, rows in (("ids", "s3://bucket/trained/test"), ("local", clicks / "data" / "test")):
-        subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", "--model_load_dir", folder, "--device", "cpu",
-                        "--predict", str(rows), "--predict_output", tmp_path / f"{name}.parquet"], check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        main_here("--model_load_dir", folder, "--device", "cpu", "--predict", rows, "--predict_output",
+                  tmp_path / f"{name}.parquet")
         scores[name] = pd.read_parquet(tmp_path / f"{name}.parquet")
     assert scores["ids"].equals(scores["local"]) and len(scores["ids"]) > 200
 

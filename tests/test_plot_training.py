@@ -13,7 +13,7 @@ import plot_training
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run_trainer
+from conftest import ROOT, train_here
 from made_runs import LINES, eval_line, run_info, train_line, write_run
 
 from tools.trainer.calibration import equal_mass_bins
@@ -37,8 +37,8 @@ def markers(axes, marker):
 
 def test_a_real_resumed_run_with_cuts(shared_dataset_dir, tmp_path, capsys):
     options = ["--model_save_dir", tmp_path / "demo", "--loss_print_interval", 2, "--patience", 1, "--min_delta", 1]
-    run_trainer(shared_dataset_dir, tmp_path, *options, "--train_batches", 14)
-    run_trainer(shared_dataset_dir, tmp_path, *options, "--train_batches", 28, "--resume")
+    train_here(shared_dataset_dir, tmp_path, *options, "--train_batches", 14)
+    train_here(shared_dataset_dir, tmp_path, *options, "--train_batches", 28, "--resume")
     assert plot_training.main([str(tmp_path / "demo"), "--output", str(tmp_path / "new" / "demo.png")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1].split()[:2] == ["demo", "28"] and out[2] == f"wrote {tmp_path}/new/demo.png"

@@ -10,7 +10,7 @@ import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_dataset, make_trainer, metrics_lines, run_trainer
+from conftest import make_dataset, make_trainer, metrics_lines, run_trainer, train_here
 
 import deepfm_train_eval as trainer_module
 from tools.trainer import run_log
@@ -143,7 +143,7 @@ def test_logged_loss_is_the_mean_of_the_interval(run_here, distinct_dataset_dir,
 def saved(shared_dataset_dir, tmp_path_factory):
     """A run of 9 steps that can be resumed."""
     work = tmp_path_factory.mktemp("saved")
-    run_trainer(shared_dataset_dir, work, "--train_batches", "9", "--model_save_dir", work / "save")
+    train_here(shared_dataset_dir, work, "--train_batches", "9", "--model_save_dir", work / "save")
     return work
 
 

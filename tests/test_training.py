@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import oneflow as flow
 import pytest
-from conftest import ROOT, ROWS, batch_of, make_trainer, random_batches, run_trainer, values_of
+from conftest import ROOT, ROWS, batch_of, make_trainer, random_batches, run_trainer, train_here, values_of
 from reference import Reference, sigmoid
 
 import deepfm_train_eval as trainer_module
@@ -190,10 +191,10 @@ def metrics(folder):
     return [(line["event"], line["step"], line.get("loss", line.get("logloss")), line.get("auc", 0)) for line in lines]
 
 
-def train_and_read(data_dir, work, *options, **launch):
+def train_and_read(data_dir, work, *options, train=run_trainer):
     """(metrics of a run without dropout, its output)"""
-    output, _ = run_trainer(data_dir, work, "--net_dropout", "0", "--log_dir", work / "logs",
-                            "--loss_print_interval", "1", *options, **launch)
+    output = train(data_dir, work, "--net_dropout", "0", "--log_dir", work / "logs", "--loss_print_interval", "1",
+                   *options)
     return metrics(work), output
 
 
@@ -205,9 +206,10 @@ def assert_close(first, second):
 
 @pytest.mark.parametrize("options", [[], ["--batch_norm", "--embedding_l2", "0.01", "--max_grad_norm", "1"]])
 def test_two_processes_equal_one(distinct_dataset_dir, tmp_path, options):
-    runs = [train_and_read(distinct_dataset_dir, tmp_path / str(processes), "--train_batches", "12", *options,
-                           processes=processes)[0] for processes in (1, 2)]
-    assert_close(*runs)
+    (one, _), (two, _) = (
+        train_and_read(distinct_dataset_dir, tmp_path / name, "--train_batches", "12", *options, train=train)
+        for name, train in (("1", train_here), ("2", partial(run_trainer, processes=2))))
+    assert_close(one, two)
 
 
 def test_the_blas_of_choice_gives_the_same_results(distinct_dataset_dir, tmp_path, monkeypatch):
@@ -215,7 +217,7 @@ def test_the_blas_of_choice_gives_the_same_results(distinct_dataset_dir, tmp_pat
     for blas in ("scipy", "oneflow"):
         monkeypatch.setenv("DEEPFM_BLAS", blas)
         options = ["--dnn", "200,200", "--train_batches", "9"]
-        runs[blas], output = train_and_read(distinct_dataset_dir, tmp_path / blas, *options)
+        runs[blas], (output, _) = train_and_read(distinct_dataset_dir, tmp_path / blas, *options)
         assert ("BLAS: OneFlow built-in" in output) == (blas == "oneflow")
     assert_close(runs["scipy"], runs["oneflow"])
 

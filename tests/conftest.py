@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -128,12 +129,18 @@ def trainer_command(data_dir, work_dir, *options, processes=1):
 
 
 def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120):
-    """Run it; returns (stdout, stderr)."""
-    command = trainer_command(data_dir, work_dir, *options, processes=processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    assert result.returncode == status, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout, result.stderr
+    """Run it; returns (stdout, stderr). Several processes get what the launcher gives them, which takes longer."""
+    command, port, started = trainer_command(data_dir, work_dir, *options), free_port(), []
+    for rank in range(processes):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if processes > 1:
+            environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
+                               RANK=str(rank), LOCAL_RANK=str(rank))
+        started.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=environment))
+    outputs = at_the_same_time(*(partial(process.communicate, timeout=timeout) for process in started))
+    assert [process.returncode for process in started] == [status] * processes, f"{command}\n{outputs}"
+    return tuple(map("".join, zip(*outputs)))
 
 
 def at_the_same_time(*works):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TABLE_SIZES, make_dataset, run_trainer, trainer_command, write_split
+from conftest import TABLE_SIZES, make_dataset, trainer_command, write_split
 
 import deepfm_train_eval as trainer_module
 from deepfm_train_eval import read_rows
@@ -415,10 +415,11 @@ def test_data_errors_end_in_one_line_and_status_1(dataset_dir, tmp_path, capfd, 
 
 def test_one_process_of_several_reports_what_all_meet(dataset_dir, tmp_path):
     rewrite("val", set_value("Label", 7, np.nan))(dataset_dir)  # seen by every process when it evaluates
-    output, errors = run_trainer(dataset_dir, tmp_path, "--train_batches", "2", processes=2, status=1)
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: the val split has a label nan, expected only 0 and 1"]
-    assert "Check failure stack trace" not in output + errors
+    command = trainer_command(dataset_dir, tmp_path, "--train_batches", "2", processes=2)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and lines == ["error: the val split has a label nan, expected only 0 and 1"]
+    assert "Check failure stack trace" not in result.stdout + result.stderr
 
 
 def test_two_processes_end_when_nobody_reads_their_output(dataset_dir, tmp_path):

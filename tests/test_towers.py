@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import numpy as np
-from conftest import ROOT, assert_same, metrics_lines, trainer_command
+from conftest import ROOT, assert_same, at_the_same_time, metrics_lines, trainer_command
 
 from tools.trainer import checkpoints
 
@@ -64,16 +64,19 @@ def dense(work, checkpoint):
 
 def test_cross_network(distinct_dataset_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = run(distinct_dataset_dir, whole, "--save_initial_model")
+
+    def run_with_a_kill():
+        run(distinct_dataset_dir, killed, kill=5)
+        return run(distinct_dataset_dir, killed, "--resume")
+
+    output, rest = at_the_same_time(lambda: run(distinct_dataset_dir, whole, "--save_initial_model"), run_with_a_kill)
     names = [f"model.towers.cross.{name}" for name in ("weight", "bias", "out")]
     first, last = dense(whole, "initial_checkpoint"), dense(whole, "step_14")
     for name in names:
         assert (first[name] == np.float32(0.1)).all() and (last[name] != first[name]).any(), name
         assert last[f"{name}-m"].any() and last[f"{name}-v"].any()
-    run(distinct_dataset_dir, killed, kill=5)
-    assert "Resuming from" in run(distinct_dataset_dir, killed, "--resume")
-    resumed = dense(killed, "step_14")
-    assert_same(resumed, last)
+    assert "Resuming from" in rest
+    assert_same(dense(killed, "step_14"), last)
     best = ["--eval_only", "--model_load_dir", whole / "save" / "best_checkpoint"]
     scored = run(distinct_dataset_dir, tmp_path / "fresh", *best, "--persistent_path", whole / "tables",
                  "--persistent_path_fm", whole / "tables_fm")

@@ -30,7 +30,8 @@ def readme_arguments():
     """[(name, default)] of the original's table, and then of ours, where a row has the options of a topic."""
     section = README.split("## Options")[1].split("\n## ")[0]
     original, ours = section.split("\nOurs, by topic:\n")
-    rows = re.findall(r"^\| (\w+) \| ([^|]*?) \| [^|]+ \|$", original, re.M)[1:]
+    rows = re.findall(r"^\| ([\w, ]+) \| ([^|]*?) \| [^|]+ \|$", original, re.M)[1:]
+    rows = [(name, default) for names, default in rows for name in names.split(", ")]
     return rows + re.findall(r"`--(\w+)` \(([^)]+)\)", "".join(re.findall(r"^\| .* \|$", ours, re.M)))
 
 

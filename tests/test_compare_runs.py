@@ -168,7 +168,7 @@ def test_nobody_reads_the_output(tmp_path):
     write_run(tmp_path)
     tool = run_tool(tmp_path, stdout=subprocess.PIPE)
     tool.stdout.close()
-    assert tool.stderr.read() == "" and tool.wait() == 1
+    assert tool.stderr.read() == "error: nobody reads the output any more\n" and tool.wait() == 1
     closed = run_tool(tmp_path, preexec_fn=lambda: os.close(1))
     assert closed.stderr.read() == "" and closed.wait() == 0
 

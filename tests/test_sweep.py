@@ -75,9 +75,10 @@ def run_sweep(*arguments):
 
 
 def start_sweep(*arguments):
-    """In a process and session of its own; waits until its trainer waits."""
+    """In a process and session of its own, also where nohup runs the tests; waits until its trainer waits."""
     process = subprocess.Popen([sys.executable, "driver.py", str(ROOT), "--output_dir", "out", *arguments],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     wait_for(lambda: os.path.exists("waiting") or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     return process

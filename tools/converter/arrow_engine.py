@@ -1,8 +1,10 @@
 """One machine: one pass reads, counts and spools all rows, a second one encodes and writes them. Memory is bounded."""
 
+import ctypes
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +55,7 @@ def convert(job):
         for split, rows in zip(SPLITS, expected)
     ]
     spool_and_count(job, spools)
+    return_freed_memory()
     return write_splits(job, spools)
 
 
@@ -72,6 +75,12 @@ def spool_and_count(job, spools):
                     counter.add(block.counted)
     if counter is not None:
         job.fit(counter.results())
+
+
+def return_freed_memory():
+    """Give the system back what the threads that parsed have freed: glibc keeps it for each of them."""
+    with suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_splits(job, spools):

@@ -282,7 +282,7 @@ def calm_scheduler():
             time.sleep(0.002)
             worked = {thread: time_now - before.get(thread, 0) for thread, time_now in thread_times().items()}
             *_, second, busiest = sorted(worked, key=worked.get)
-            if worked[busiest] > max(5e6, 2 * worked[second]):
+            if worked[busiest] > max(5e6, 2 * worked[second]):  # 5 ms
                 break
         if worked[busiest] > 0:
             os.setpriority(os.PRIO_PROCESS, busiest, 10)

@@ -128,14 +128,15 @@ def test_the_code_map_is_true():
 
 
 def test_links_exist():
+    anchors = {page: {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+                      for title in re.findall(r"^#+ (.+)$", text, re.M)} for page, text in PAGES.items()}
     for page, text in PAGES.items():
-        anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
-                   for title in re.findall(r"^#+ (.+)$", text, re.M)}
         for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, target
-            elif not target.startswith("http"):
-                assert ((ROOT / page).parent / target).exists(), target
+            if not target.startswith("http"):
+                path, _, anchor = target.partition("#")
+                path = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+                assert path.exists(), target
+                assert not anchor or anchor in anchors[str(path.relative_to(ROOT))], target
 
 
 @pytest.mark.parametrize("option", re.findall(r"(--\w+) [\w.,-]+", (ROOT / "train_deepfm_criteo_x4.sh").read_text()

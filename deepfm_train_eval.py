@@ -859,8 +859,8 @@ class Trainer(Progress):
         return loss
 
     def check_state_used(self):
-        """OneFlow ignores a state whose name the graph does not know; that must not happen silently."""
-        unused = set(self.optimizer_state) - set(self.current_optimizer_state())
+        """OneFlow ignores a state whose name the graph does not know; only of a loss scale may that happen silently."""
+        unused = tensors.without_loss_scale(self.optimizer_state) - set(self.current_optimizer_state())
         if unused:
             raise RuntimeError(f"optimizer state without a place in the graph: {sorted(unused)[:3]}")
         self.optimizer_state = {}
@@ -912,7 +912,7 @@ class Trainer(Progress):
     def evaluate(self, split_name, epoch, log=None):
         """Score a split and print two lines -> {metric: value}"""
         started = time.time()
-        scores = self.predict(self.dataset.splits[split_name])
+        scores = metrics.with_both_labels(self.predict(self.dataset.splits[split_name]), split_name)
         values, samples = compute_metrics(scores), len(scores.probs)
         seconds, texts = time.time() - started, [f"{split_name} {METRICS[name].title} {value:.6f}"
                                                  for name, value in values.items()]
@@ -1018,11 +1018,9 @@ def evaluate_and_save(trainer, checkpointer, log):
     if improved:
         trainer.best = {"epoch": epoch, "step": trainer.step, **values}
     print_rank0(run_log.decision_text(trainer, epoch, values, rate))
-    names = []
+    names = ["best_checkpoint"] if improved else []  # first: what a kill leaves of this step says that it is the best
     if args.save_model_after_each_eval:
         names.append(f"step_{trainer.step}_val_auc_{values['auc']:0.5f}")
-    if improved:
-        names.append("best_checkpoint")
     if args.model_save_dir:
         names.append(f"step_{trainer.step}")  # last, because --resume then takes the evaluation for done
     if names:
@@ -1036,7 +1034,7 @@ def train(trainer, checkpointer, log):
         checkpointer.save(trainer, ["initial_checkpoint"])
     if trainer.is_epoch_over():  # resumed with another number of processes
         trainer.begin_epoch()
-        if not args.eval_interval:
+        if not args.eval_interval or trainer.steps_left() <= 0 and trainer.step % args.eval_interval:
             evaluate_and_save(trainer, checkpointer, log)
     while not trainer.is_finished():
         train_epoch(trainer, checkpointer, clock, log)
@@ -1135,6 +1133,9 @@ def start_run(args, dataset):
     if args.resume:
         checkpoints.prepare_resume(save_dir, tables)
     else:
+        if args.model_load_dir:  # before anything is overwritten
+            adopt_model(args, args.model_load_dir)
+            check_data(args, dataset, args.model_load_dir, to_train=True)
         checkpoints.prepare_new_run(save_dir, tables, args.data_dir, args.model_load_dir, args.overwrite_tables)
     started = from_rank0(checkpoints.read_run, save_dir)
     found = from_rank0(checkpoints.find_checkpoints, save_dir) if args.resume else {}
@@ -1149,11 +1150,11 @@ def start_run(args, dataset):
             checkpointer.prune()
         return trainer, checkpointer, 0 if args.resume else None
     name, state = list(found.items())[-1]
+    folder = os.path.join(save_dir, name)
+    adopt_model(args, folder)
     options = {option: getattr(args, option) for option in SAME_IN_A_RUN}
     earlier = {option: getattr(make_parser().parse_args([]), option) for option in SAME_IN_A_RUN}
     checkpoints.check_same_run({**earlier, **state["run"]}, name, options, dataset, args.data_dir)
-    folder = os.path.join(save_dir, name)
-    adopt_model(args, folder)
     trainer, checkpointer = start_trainer(args, dataset, folder, run_id=started["run_id"])
     trainer.load_progress(state)
     checkpointer.prune()

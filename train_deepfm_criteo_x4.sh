@@ -8,7 +8,7 @@
 # The output also goes to run.log in the current folder, without progress bars. The exit status is the trainer's.
 #
 # Environment variables, all optional:
-#   DATA_DIR                folder with train/, val/ and test/ parquet shards
+#   DATA_DIR                folder or URL with train/, val/ and test/ parquet shards
 #   MODEL_SAVE_DIR          folder for checkpoints, default none
 #   PERSISTENT_PATH         rows of the embedding, default MODEL_SAVE_DIR/tables, or runs/tables
 #   PERSISTENT_PATH_FM      rows of the first-order embedding, default MODEL_SAVE_DIR/tables_fm, or runs/tables_fm
@@ -141,7 +141,7 @@ check_environment() {
   [[ -z ${MASTER_PORT:-} ]] || check_number MASTER_PORT 1 65535
   ((NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] ||
     die "NUM_NODES=$NUM_NODES needs MASTER_ADDR, the address of node 0" 2
-  [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] ||
+  [[ -z $DATA_DIR || -d $DATA_DIR || $DATA_DIR == *://* ]] ||
     die "DATA_DIR=$DATA_DIR is not a folder; make it with tools/criteo_parquet.py or another converter"
 }
 
@@ -355,6 +355,7 @@ main() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$script"
     exit ;;
   esac
+  DATA_DIR=$(option_value --data_dir --data_dir "${DATA_DIR:-}" "$@")
   check_environment
   run bash "$root/tools/setup_env.sh" >"$scratch/python"
   python=$(<"$scratch/python")
@@ -364,7 +365,7 @@ main() {
   save_dir=$(option_value --model_save_dir --model_save_dir "${MODEL_SAVE_DIR:-}" "$@")
   tables=$(option_value --persistent_path --persistent_path "${PERSISTENT_PATH:-}" "$@")
   tables_fm=$(option_value --persistent_path_fm --persistent_path_fm "${PERSISTENT_PATH_FM:-}" "$@")
-  if [[ -z ${DATA_DIR:-} ]]; then
+  if [[ -z $DATA_DIR ]]; then
     make_demo_data
     options+=("${DEMO[@]}")
     demo=1

@@ -208,12 +208,16 @@ def assert_same(first, second):
         assert compare(first[name], second[name]), name
 
 
+def no_end():
+    """A trainer that ends with an error must not end the process of the tests."""
+    return mock.patch.object(os, "_exit", side_effect=AssertionError("the trainer ended with an error"))
+
+
 def main_here(*arguments):
     """The trainer in this process, which saves its start; returns stdout."""
     from deepfm_train_eval import main
 
-    failed = mock.Mock(side_effect=AssertionError("the trainer ended with an error"))
-    with mock.patch.object(os, "_exit", failed), contextlib.redirect_stdout(io.StringIO()) as output:
+    with no_end(), contextlib.redirect_stdout(io.StringIO()) as output:
         main([*map(str, arguments)])
     return output.getvalue()
 
@@ -230,7 +234,8 @@ def run_here(capfd):
 
     def run(data_dir, work, *options):
         capfd.readouterr()
-        main(trainer_command(data_dir, work, *options)[2:])
+        with no_end():
+            main(trainer_command(data_dir, work, *options)[2:])
         return capfd.readouterr().out
 
     return run

@@ -76,6 +76,9 @@ MISTAKES = [
     (["--amp", "--device", "cpu"], "--amp needs a CUDA device"),
     (["--cache_memory_budget_mb", "0"], "--cache_memory_budget_mb 0 leaves --store_type cached_host_mem without a"),
     (["--persistent_path_fm", "./t"], "--persistent_path and --persistent_path_fm are both t"),
+    (["--model_save_dir", "./t"], "--persistent_path and --model_save_dir are both t"),
+    (["--weight_column", ""], "--weight_column is empty; give a value, or leave it out"),
+    (["--predict_output="], "--predict_output is empty"),
     (["--min_lr", "0.1"], "--min_lr 0.1 is above --learning_rate 0.001"),
     (["--disable_fusedmlp", "False", "--device", "cpu"], "--disable_fusedmlp False needs a CUDA device"),
     (["--predict", "x"], "--predict and --predict_output go together"),
@@ -101,15 +104,18 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, options, message):
 
 
 @pytest.mark.parametrize("tool, words, message", [
-    ("inspect_dataset", ["--jsn", "data"], "--jsn; did you mean --json?"),
-    ("inspect_dataset", ["data", "--", "--jsn"], "--jsn"),  # behind -- there are no options
-    ("encode_rows", ["--output_di", "out"], "--output_di; did you mean --output_dir?"),  # which it would miss, too
-    ("benchmark", ["loader", "--repeat", "1"], "--repeat; did you mean --repeats?"),
+    ("inspect_dataset", ["--jsn", "data"], "unrecognized arguments: --jsn; did you mean --json?"),
+    ("inspect_dataset", ["data", "--", "--jsn"], "unrecognized arguments: --jsn"),  # behind -- there are no options
+    # which it would miss, too
+    ("encode_rows", ["--output_di", "out"], "unrecognized arguments: --output_di; did you mean --output_dir?"),
+    ("benchmark", ["loader", "--repeat", "1"], "unrecognized arguments: --repeat; did you mean --repeats?"),
+    ("inspect_dataset", [""], "data_dir is empty; give a value"),  # Path("") would be the current folder
+    ("criteo_parquet", ["--input_dir", "", "--output_dir", "x"], "--input_dir is empty; give a value"),
 ])
-def test_a_misspelt_option_of_a_tool(capsys, tool, words, message):
+def test_a_misspelt_or_empty_option_of_a_tool(capsys, tool, words, message):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(tool).main(words)
-    expected = f"error: unrecognized arguments: {message} (see --help)\n"
+    expected = f"error: {message} (see --help)\n"
     assert (ended.value.code, capsys.readouterr().err) == (2, expected)
 
 

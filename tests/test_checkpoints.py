@@ -19,6 +19,7 @@ from conftest import (
     TABLE_SIZES,
     assert_same,
     make_dataset,
+    make_trainer,
     metrics_lines,
     run_trainer,
     train_here,
@@ -28,6 +29,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
 from tools.trainer import checkpoints
+from tools.trainer.cli import UserError
 from tools.trainer.files import hold
 from tools.trainer.tables import TableStore
 
@@ -311,15 +313,20 @@ def test_all_is_flushed_before_it_gets_its_name(monkeypatch, tmp_path):
 
 
 def test_last_step_is_saved_with_its_evaluation_only(monkeypatch, run_here, shared_dataset_dir, tmp_path):
-    """A kill between the two would leave a checkpoint with nothing to train and the last epoch not evaluated."""
+    """A kill between the two would leave a checkpoint with nothing to train and the last epoch not evaluated.
+
+    Of an evaluation's checkpoints the best comes first, since the others say that it is the best, the one to resume
+    from last.
+    """
     saved, save = [], checkpoints.Checkpointer.save
     monkeypatch.setattr(checkpoints.Checkpointer, "save",
                         lambda self, trainer, names: (saved.append(names), save(self, trainer, names)))
     run_here(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--checkpoint_interval", "2",
-             "--train_batches", "4")
-    assert saved == [["step_2"], ["best_checkpoint", "step_4"]]  # the point to resume from comes last
+             "--train_batches", "4", "--save_model_after_each_eval")
+    first, names = saved
+    assert first == ["step_2"] and [name[:15] for name in names] == ["best_checkpoint", "step_4_val_auc_", "step_4"]
     scored = run_here(shared_dataset_dir, tmp_path, "--eval_only", "--model_load_dir", tmp_path / "save" / "step_4")
-    assert "Epoch 1, Step 4, val" in scored
+    assert "Epoch 1, Step 4, val" in scored and f"Checkpoint: {tmp_path}/save/step_4; tables on disk: " in scored
 
 
 def run_patched(patch, data_dir, work, *options):
@@ -337,14 +344,19 @@ def run_killed_before_evaluation(*arguments):
 
 
 def test_resume_with_nothing_left_to_train(fails, run_here, shared_dataset_dir, tmp_path):
-    options = [shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches"]
+    work = tmp_path / "work"
+    options = [shared_dataset_dir, work, "--model_save_dir", work / "save", "--train_batches"]
     run_killed_before_evaluation(*options, "6", "--checkpoint_interval", "3")
     assert "more --train_batches than 2" in fails(*options, "2", "--resume")
-    state_file = tmp_path / "save" / "step_3" / "state.json"
+    state_file = work / "save" / "step_3" / "state.json"
     state = json.loads(state_file.read_text())
     state["progress"]["step_in_epoch"] = 8  # as of a number of processes that has more steps per epoch
     state_file.write_text(json.dumps({**state, "digest": checkpoints.digest(state)}))
+    shutil.copytree(work, tmp_path / "again")
     assert "Epoch 1, Step 3, val" in run_here(*options, "4", "--resume")
+    # the end of a run is evaluated, whatever the interval
+    options = [shared_dataset_dir, tmp_path / "again", "--model_save_dir", tmp_path / "again" / "save"]
+    assert "Epoch 1, Step 3, val" in run_here(*options, "--train_batches", "3", "--resume", "--eval_interval", "2")
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_loaded_model(run_here, finished, shared_dataset_dir,
@@ -476,6 +488,23 @@ def test_an_id_that_comes_twice_is_refused_also_without_checksums(fails, finishe
     positions.tofile(index)
     options = ["--eval_only", "--model_load_dir", work / "save" / "best_checkpoint", "--skip_checksums"]
     assert "has an id twice" in fails(shared_dataset_dir, work, *options)
+
+
+def test_a_dynamic_loss_scale_is_left_where_nothing_is_scaled(run_here, finished, shared_dataset_dir, tmp_path):
+    """As of a run with --amp --loss_scale_policy dynamic, continued on a CPU."""
+    best = copy_of(finished[0], tmp_path / "work") / "save" / "best_checkpoint"
+    np.savez(best / "dense.npz", **np.load(best / "dense.npz"), **{"this-graph-LossScale": np.float32([1024])})
+    output = run_here(shared_dataset_dir, tmp_path / "new", "--model_load_dir", best, "--skip_checksums",
+                      "--train_batches", "2")
+    assert "Step 2, test AUC" in output
+
+
+def test_moments_of_another_shape_are_refused(shared_dataset_dir, tmp_path):
+    trainer = make_trainer(shared_dataset_dir, tmp_path)
+    for part in ("m", "sum"):
+        saved = {**trainer.dense_tensors(), f"model.dnn.weight_0-{part}": np.ones(3, np.float32)}
+        with pytest.raises(UserError, match=rf"has float32 \(3,\) for model.dnn.weight_0-{part}, expected"):
+            trainer.load_dense(saved, "x", to_train=True)
 
 
 def test_numbers_that_are_not_finite_are_refused(fails, finished, shared_dataset_dir, tmp_path):
@@ -632,6 +661,11 @@ def test_overwriting_deletes_neither_the_model_to_load_nor_other_files(run_here,
         assert "delete the tables" in fails(shared_dataset_dir, work, *options, *load, *places)
     assert "would delete --model_load_dir" in fails(shared_dataset_dir, tmp_path / "new", *options, *load,
                                                     "--model_save_dir", work / "old")
+    other = copy_of(finished[0], tmp_path / "other")  # its rows stay when the model to load is found not to fit
+    theirs = sorted(other.rglob("*"))
+    assert "was saved with --embedding_vec_size 4" in fails(
+        shared_dataset_dir, other, *options, *load, "--model_save_dir", other / "save", "--embedding_vec_size", "8")
+    assert sorted(other.rglob("*")) == theirs
     assert sorted(work.rglob("*")) == files
     run_here(shared_dataset_dir, work, *options, "--model_save_dir", work / "save")
     for name in ("notes", "LOCK", "events.out.tfevents.1"):

@@ -1,6 +1,7 @@
 """Columns that are no fields, weights and groups; down-sampled negatives; whole runs with them."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from deepfm_train_eval import compute_metrics, read_dataset, read_rows
 from tools.trainer import batches as batching
 from tools.trainer.cli import UserError
 from tools.trainer.dataset import Split, group_numbers
+from tools.trainer.dataset_info import digests_of
 from tools.trainer.metrics import Scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # petastorm uses pyarrow's old interfaces
@@ -169,6 +171,25 @@ def test_what_cannot_be_used_is_one_line_before_training(weighted_dataset_dir, t
     with pytest.raises(UserError, match=message) as raised:
         read_dataset(str(folder), **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("known, message", [
+    (True, "was changed or damaged"), (False, "part-00000.parquet cannot be read"),
+])  # fmt: skip
+def test_damaged_weights_are_one_line_before_training(weighted_dataset_dir, tmp_path, known, message):
+    folder = shutil.copytree(weighted_dataset_dir, tmp_path / "data")
+    if known:
+        info = json.loads((folder / "dataset_info.json").read_text())
+        info["files"] = digests_of(str(folder))
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+    path = folder / "train" / "part-00000.parquet"
+    chunk = pq.read_metadata(path).row_group(0).column(pq.read_schema(path).names.index("w"))
+    start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+    data = bytearray(path.read_bytes())
+    data[start:start + 8] = b"\xff" * 8  # the header of its first page
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_dataset(str(folder), weight_column="w")
 
 
 def test_a_mistake_ends_in_one_line(weighted_dataset_dir, tmp_path, fails):

@@ -72,6 +72,13 @@ def test_an_option_that_only_one_version_has_is_a_difference(tmp_path):
     assert [row["warmup_batches"] for row in rows] == ["-", "0"]
 
 
+def test_options_of_a_restart_count(tmp_path):
+    info = {**run_info(epochs=1), "restarts": [{"step": 5, "options": {"epochs": 9, "resume": True}}, {"step": 7}]}
+    runs = [write_run(tmp_path / "a", info=info), write_run(tmp_path / "b", info=run_info(2, epochs=1))]
+    comparison = compared(*runs)
+    assert comparison["runs"][0]["differs"] == {"seed": 1, "epochs": 9} and len(comparison["groups"]) == 2
+
+
 def test_mean_and_deviation_over_the_seeds(sweep):
     groups = compared(sweep)["groups"]
     assert [group["differs"] for group in groups] == [{"learning_rate": 0.01}, {"learning_rate": 0.001}]  # best first

@@ -389,6 +389,15 @@ def test_rows_are_checked_where_files_have_no_statistics(dataset_dir, column, va
         list(train_batches(dataset, 64, 0, 1, 0, 1))
 
 
+def test_labels_of_one_kind_where_files_have_no_statistics(fails, dataset_dir, tmp_path):
+    path = dataset_dir / "val" / "part-00000.parquet"
+    rows = pq.read_table(path)
+    rows = rows.set_column(0, "Label", pa.array(np.ones(len(rows), np.float32)))
+    pq.write_table(rows, path, write_statistics=False)
+    error = fails(dataset_dir, tmp_path, "--train_batches", "1")
+    assert error == "error: all labels of the val split are 1; AUC needs both 0 and 1"
+
+
 def test_row_group_that_is_damaged(dataset_dir):
     path = dataset_dir / "train" / "part-00000.parquet"
     content = bytearray(path.read_bytes())

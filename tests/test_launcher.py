@@ -74,6 +74,17 @@ def test_a_link_to_the_launcher_from_another_folder(project, tmp_path):
     assert "DATA_DIR " in project.run("--help", script="link", cwd=tmp_path / "else where").out
 
 
+@pytest.mark.parametrize("arguments, env", [(("--data_dir", "mine"), {}), (("--data_dir=mine",), {"DATA_DIR": "other"}),
+                                            ((), {"DATA_DIR": "s3://mine"})])
+def test_data_may_be_named_by_an_argument_or_a_url(project, arguments, env):
+    (project.folder / "mine").mkdir()
+    done = project.run(*arguments, **env)
+    assert done.returncode == 0 and "demo" not in done.out, done.err
+    argv = project.record()["argv"]
+    assert argv[argv.index("--data_dir") + 1] == env.get("DATA_DIR", "mine").replace("other", "mine")
+    assert "--overwrite_tables" not in argv
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_data_folder_with_any_name(project, tmp_path, processes):
     data = tmp_path / "a  b'c \"d\" [e]* $f; #g"

@@ -41,6 +41,16 @@ def test_certain_and_wrong_costs_a_finite_amount():
     assert auc == 0 and logloss == pytest.approx(-np.log(1e-7), rel=0.01)
 
 
+@pytest.mark.parametrize("early_stop_patience, stopped", [(0, False), (3, False), (2, True)])
+def test_a_resumed_run_stops_by_the_patience_of_now(early_stop_patience, stopped):
+    settings = {"learning_rate": 1, "patience": 9, "min_delta": 0, "lr_factor": 0.1, "min_lr": 0}
+    plateau = Plateau(early_stop_patience=2, **settings)
+    assert [plateau.update(0) or plateau.stopped for _ in range(3)] == [True, False, True]
+    resumed = Plateau(early_stop_patience=early_stop_patience, **settings)
+    resumed.load(plateau.state())
+    assert resumed.stopped == stopped
+
+
 def test_one_class_has_no_auc():
     auc, logloss = auc_and_logloss(np.ones(4, np.float32), np.full(4, 0.5, np.float32))
     assert np.isnan(auc) and logloss == pytest.approx(np.log(2))

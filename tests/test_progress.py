@@ -169,6 +169,18 @@ def test_resume_with_other_options_is_refused(fails, saved, shared_dataset_dir, 
     assert message in fails(shared_dataset_dir, tmp_path, "--resume", "--model_save_dir", tmp_path / "save", *options)
 
 
+def test_a_resumed_run_has_the_rate_that_it_took_from_a_checkpoint(run_here, saved, shared_dataset_dir, tmp_path):
+    """With --model_load_dir a run may have taken over a rate that its command line does not give."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "save").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        state["run"]["negative_sampling_rate"] = state["model"]["negative_sampling_rate"] = 0.5
+        path.write_text(json.dumps({**state, "digest": trainer_module.checkpoints.digest(state)}))
+    output = run_here(shared_dataset_dir, tmp_path, "--resume", "--model_save_dir", tmp_path / "save",
+                      "--train_batches", "10")
+    assert "a share of 0.5 of the rows" in output and "Resuming" in output
+
+
 def test_resume_with_weights_is_refused(fails, saved, weighted_dataset_dir, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     options = ["--resume", "--model_save_dir", tmp_path / "save", "--weight_column", "w"]

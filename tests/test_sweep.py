@@ -191,10 +191,21 @@ def test_a_folder_of_somebody_else_is_not_used(capsys):
     assert calls() == [] and os.path.exists("out/seed_1/model")
 
 
+def test_a_resumed_run_knows_what_it_started_from():
+    """--resume and --model_load_dir do not go together."""
+    runs = sweep.Sweep("out", ["train"])
+    [name] = runs.plan([("seed", ["1"])], ["--model_load_dir", "best", "--dnn", "8", "--model_load_dir=other"])
+    assert runs.command_of(name)[1:5] == ["--model_load_dir", "best", "--dnn", "8"]
+    os.makedirs("out/seed_1/model")
+    with open("out/seed_1/model/run.json", "w"):
+        pass
+    assert runs.command_of(name)[1:4] == ["--dnn", "8", "--seed=1"] and runs.command_of(name)[-1] == "--resume"
+
+
 def test_a_run_whose_folder_was_removed_is_trained_again():
     assert run_sweep("--seeds", "1", "--", "--data_dir", "d") == 0
     subprocess.run(["rm", "-r", "out/seed_1"], check=True)
-    assert run_sweep("--seeds", "1", "--", "--data_dir", "d") == 0
+    assert run_sweep("--seeds", "1", "--", "--data_dir", "e") == 0  # also with other arguments
     assert len(calls()) == 2 and "--resume" not in calls()[1]
 
 

@@ -72,7 +72,10 @@ def conditions(run):
     """{name: value} of all that could change the result of a run, but its seed is among them; None without run.json."""
     if run.info is None:
         return None
-    options = {name: value for name, value in run.info["options"].items() if name not in PLACES}
+    options = dict(run.info["options"])
+    for restart in run.info.get("restarts", []):  # with other options, such as more --epochs
+        options.update(restart.get("options", {}))
+    options = {name: value for name, value in options.items() if name not in PLACES}
     for name in ("device", "processes"):  # as chosen, for --device auto
         if name in run.info:
             options[name] = run.info[name]

@@ -189,7 +189,7 @@ class Sweep:
             name = name_of(setting)
             arguments = [*self.environment, *trainer_arguments, *options_of(setting)]
             known = self.runs.get(name)
-            if known and known["arguments"] != arguments:
+            if known and known["arguments"] != arguments and (self.folder / name).is_dir():
                 raise UserError(f"{self.folder / name} was made with other arguments, "
                                 f"{difference(known['arguments'], arguments)}; use another --output_dir")
             if (not known or known["state"] == "new") and os.path.lexists(self.folder / name):
@@ -208,6 +208,8 @@ class Sweep:
         places = {"model_save_dir": folder / "model", "persistent_path": folder / "tables",
                   "persistent_path_fm": folder / "tables_fm", "log_dir": folder / "logs"}
         arguments = self.runs[name]["arguments"][len(self.environment):]
+        if self.has_begun(name):  # its model/run.json says where it started
+            arguments = without_option(arguments, "--model_load_dir")
         return [*self.command, *arguments, *(f"--{option}={path}" for option, path in places.items()),
                 *["--resume"] * self.has_begun(name)]
 
@@ -265,6 +267,12 @@ def read_state(path):
     if not path.exists():
         return {}
     return read_json(path, STATE, "mend it, or use another --output_dir")["runs"]
+
+
+def without_option(words, name):
+    """Words of a command line, but for an option and its value."""
+    return [word for before, word in zip(["", *words], words)
+            if name not in (before, word) and not word.startswith(name + "=")]
 
 
 def end_with_parent():

@@ -1,5 +1,6 @@
 """Cross-checks of the trainer's arguments: options that need or exclude each other, and what the device can do."""
 
+import itertools
 import os
 
 from tools.trainer.processes import world_size
@@ -60,9 +61,11 @@ def check_training(parser, args):
     if args.batch_size % world_size():
         parser.error(f"--batch_size {args.batch_size} is not divisible by {world_size()} processes; "
                      f"use a multiple of {world_size()}")
-    if args.persistent_path and args.persistent_path_fm and (
-            os.path.realpath(args.persistent_path) == os.path.realpath(args.persistent_path_fm)):
-        parser.error(f"--persistent_path and --persistent_path_fm are both {args.persistent_path}; use two folders")
+    folders = [(name, os.path.realpath(getattr(args, name))) for name in ("persistent_path", "persistent_path_fm",
+                                                                          "model_save_dir") if getattr(args, name)]
+    for (name, path), (other, same) in itertools.combinations(folders, 2):
+        if path == same:
+            parser.error(f"--{name} and --{other} are both {getattr(args, name)}; use two folders")
     if args.min_lr > args.learning_rate:
         parser.error(f"--min_lr {args.min_lr} is above --learning_rate {args.learning_rate}")
     if args.optimizer != "adam" and args.given & {"adam_betas", "adam_epsilon"}:

@@ -49,7 +49,12 @@ class Parser(argparse.ArgumentParser):
         near = {} if self._subparsers else self.misspelt(words)  # a subcommand has a parser of its own
         if near:
             self.error(f"unrecognized arguments: {' '.join(near)}; did you mean {', '.join(near.values())}?")
-        return super().parse_known_args(words, namespace)
+        namespace, rest = super().parse_known_args(words, namespace)
+        for action in self._actions:  # of a variable in a script that is not set
+            if action.type is None and getattr(namespace, action.dest, None) in ("", [""]):
+                self.error(f"{(action.option_strings or [action.dest])[0]} is empty; give a value"
+                           + ", or leave it out" * (not action.required))
+        return namespace, rest
 
     def misspelt(self, words):
         """{what looks like an option: the option that it is near to}"""

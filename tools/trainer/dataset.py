@@ -359,19 +359,29 @@ def use_columns(dataset, split, weight_column, group_column):
 def check_weights(split, column):
     """Read all weights of a split, before hours of training rely on them. Raises: UserError"""
     totals = np.zeros(2)  # of the labels 0 and 1
-    for path in split.files:
-        for rows in parquet_file(path).iter_batches(1 << 20, columns=[column, LABEL]):
-            weights = weight_numbers(rows.column(column).to_numpy(zero_copy_only=False), column, split)
-            wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
-            if len(wrong):
-                raise UserError(f"--weight_column {column} of the {split.name} split has the weight {wrong[0]:g}, "
-                                "expected finite numbers from 0 on")
-            labels = rows.column(LABEL).to_numpy(zero_copy_only=False)
-            totals += np.bincount(labels == 1, weights, 2)
+    for values, labels in read_columns(split, [column, LABEL]):
+        weights = weight_numbers(values, column, split)
+        wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
+        if len(wrong):
+            raise UserError(f"--weight_column {column} of the {split.name} split has the weight {wrong[0]:g}, "
+                            "expected finite numbers from 0 on")
+        totals += np.bincount(labels == 1, weights, 2)
     if not totals.all():
         which = "all rows" if not totals.any() else f"all rows with label {0 if totals[1] else 1}"
         raise UserError(f"--weight_column {column} gives {which} of the {split.name} split the weight 0; AUC needs "
                         "both labels")
+
+
+def read_columns(split, names):
+    """Yield some columns of a split, an array (n,) each, a million rows at a time. Raises: UserError"""
+    split.check_files()
+    for path in split.files:
+        try:
+            for rows in parquet_file(path).iter_batches(1 << 20, columns=names):
+                yield [rows.column(name).to_numpy(zero_copy_only=False) for name in names]
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)}); it may be truncated: convert or copy it "
+                            "again") from None
 
 
 def weight_numbers(values, column, split):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.trainer.calibration import equal_mass_bins
+from tools.trainer.cli import UserError
 
 
 class Scores(NamedTuple):
@@ -18,6 +19,13 @@ class Scores(NamedTuple):
     labels: np.ndarray
     weights: np.ndarray = None
     groups: np.ndarray = None
+
+
+def with_both_labels(scores, split_name):
+    """The scores, unless all labels are equal; files made elsewhere may not say so before. Raises: UserError"""
+    if scores.labels.min() == scores.labels.max():
+        raise UserError(f"all labels of the {split_name} split are {scores.labels[0]:g}; AUC needs both 0 and 1")
+    return scores
 
 
 def clipped(scores):

@@ -32,7 +32,7 @@ class Plateau:
     the counter starts again. No gain for `early_stop_patience` evaluations (0: never): `stopped`.
     Attributes that a checkpoint keeps: learning_rate, best (the largest monitor, or None), epochs_to_cut and
     epochs_to_stop (evaluations without gain, as counted for the cut and for the stop; an evaluation was an epoch when
-    they got their names), stopped.
+    they got their names), stopped (on loading by the early_stop_patience of now).
     """
 
     STATE = ("learning_rate", "best", "epochs_to_cut", "epochs_to_stop", "stopped")
@@ -54,7 +54,7 @@ class Plateau:
         if self.epochs_to_cut >= self.patience:
             self.epochs_to_cut = 0
             self.learning_rate = max(self.learning_rate * self.lr_factor, self.min_lr)
-        self.stopped = 0 < self.early_stop_patience <= self.epochs_to_stop
+        self.stopped = self.is_to_stop()
         return False
 
     def counts(self):
@@ -72,3 +72,7 @@ class Plateau:
     def load(self, state):
         for name in self.STATE:
             setattr(self, name, state[name])
+        self.stopped = self.is_to_stop()
+
+    def is_to_stop(self):
+        return 0 < self.early_stop_patience <= self.epochs_to_stop

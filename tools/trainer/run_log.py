@@ -252,8 +252,11 @@ def describe(trainer):
                 f"{dense})")
     for line in trainer.device.notes(args):
         print_rank0(line)
-    print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; tables on disk: {args.persistent_path}, "
-                f"{args.persistent_path_fm}; logs: {args.log_dir or 'none'}")
+    paths = f"tables on disk: {args.persistent_path}, {args.persistent_path_fm}"
+    if args.predict or args.eval_only:
+        print_rank0(f"Checkpoint: {args.model_load_dir}; {paths}")
+    else:
+        print_rank0(f"Checkpoints: {args.model_save_dir or 'none kept'}; {paths}; logs: {args.log_dir or 'none'}")
 
 
 def counted(number, name):

@@ -33,7 +33,7 @@ LINES = {  # of metrics.jsonl by event; earlier versions write less
 TITLES = {"auc-logloss": "AUC - logloss", "auc": "AUC", "logloss": "-logloss"}
 # the largest is the best
 MONITORS = {name: (TITLES[name], monitor.value) for name, monitor in plateau.MONITORS.items()}
-INFO = {"options?": dict, "data?": dict, "versions?": dict, "machine?": dict,
+INFO = {"options?": dict, "restarts?": [{"options?": dict}], "data?": dict, "versions?": dict, "machine?": dict,
         "monitor?": lambda value: isinstance(value, str) and value in MONITORS}  # run.json
 DEPTH = 3  # levels of folders in which runs are looked for
 

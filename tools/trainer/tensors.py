@@ -31,6 +31,11 @@ def load_graph_state(graph, state):
     graph.load_state_dict({name.replace(THIS_GRAPH, graph.name): value for name, value in state.items()})
 
 
+def without_loss_scale(state):
+    """Names of a state but those of a dynamic loss scale, which only --amp with that policy has."""
+    return {name for name in state if THIS_GRAPH not in name}
+
+
 def dense_model(model, tables):
     """{name in a checkpoint: tensor} of every parameter and buffer that is not a table's."""
     named = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -76,7 +81,7 @@ def load_dense(model, saved, tables, placement, folder):
         raise UserError(f"{folder} {'lacks' if missing else 'also has'} the tensors {shorten(missing or strange)}: "
                         "another model saved it; use the version of the code that it was trained with")
     for name, array in saved.items():
-        parameter = own.get(name, own.get(name[:-2]))
+        parameter = own.get(name, own.get(name.rpartition("-")[0]))
         shape, kinds = (array.shape, "fi") if parameter is None else (tuple(parameter.shape), "f")
         if array.shape != shape or array.dtype.kind not in kinds or array.dtype.itemsize not in (4, 8):
             raise UserError(f"{folder} has {array.dtype} {array.shape} for {name}, expected float32 {shape}; "

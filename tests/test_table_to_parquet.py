@@ -625,6 +625,32 @@ def test_text_without_header(tmp_path):
         assert_ids(pq.read_table(tmp_path / f"out-{name}"), plain_ids(tmp_path / "d", cells))
 
 
+@pytest.mark.parametrize("line, separator, columns", [
+    ("u1,a|b|c|a", ",", None), ("0,u1,a|b|c|a", ",", None), ("u1;a|b|c|d", ";", None), ("0\tu1\ta,b,c", "\t", None),
+    ("u1,user", ",", None), ("genres,user", ",", ["genres", "user"]), ("a|b|c,user,genres", ",", ["a|b|c", "user",
+                                                                                                "genres"]),
+    ("y;user;genres", ";", ["y", "user", "genres"]), ("user,genre", ",", ["user", "genre"]), ("u1", ",", None),
+])
+def test_separator_and_header_of_new_rows(tmp_path, line, separator, columns):
+    """The dataset's own separator comes first; a header has all names that are needed, or was meant to have them."""
+    (tmp_path / "new.csv").write_text(line + "\n")
+    raw = {"columns": ["y", "user", "genres"], "label": "y", "header": False, "separator": ","}
+    form = convert.format_of({"raw": raw, "fields": [{"name": "user"}, {"name": "genres"}]}, unlabelled=True)
+    raw = raw_files.open_raw(tmp_path / "new.csv", form)
+    assert (raw.separator, raw.has_header) == (separator, columns is not None)
+    assert columns is None or raw.columns == columns
+
+
+def test_separator_of_rows_without_header(tmp_path):
+    """The one that gives as many cells as there are names, also where a list has more of another."""
+    (tmp_path / "t.csv").write_text("".join(f"{i % 2},u{i % 5},a|b|c|d\n" for i in range(100)))
+    options = ["--columns", "y,user,genres", "--label", "y", "--categorical", "user", "--list", "genres"]
+    assert run(tmp_path / "d", "--input", tmp_path / "t.csv", *options) == 0
+    (tmp_path / "new.csv").write_text("u1,d|c|b|a\n")
+    assert encode(tmp_path / "d", tmp_path / "new.csv", tmp_path / "out") == 0
+    assert_ids(pq.read_table(tmp_path / "out"), plain_ids(tmp_path / "d", {"user": ["u1"], "genres": ["d|c|b|a"]}))
+
+
 GOOD = "y,a,x\n" + "".join(f"{i % 2},t{i % 3},{i}.5\n" for i in range(60))
 BAD_TEXTS = {
     "UTF-16": (GOOD.encode("utf-16"), "t.csv is UTF-16, expected text in UTF-8"),

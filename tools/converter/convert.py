@@ -123,7 +123,7 @@ def raw_description(raw, label, carried=None):
 
 def format_of(info, unlabelled=False):
     """RawFormat of new rows for a dataset, from its dataset_info.json."""
-    return format_again(info["raw"], unlabelled)
+    return format_again(info["raw"], [field.get("raw_column", field["name"]) for field in info["fields"]], unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- options

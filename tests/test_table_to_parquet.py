@@ -575,6 +575,23 @@ def test_described_names_and_separators_come_back(tmp_path, capsys, monkeypatch,
     assert "has no column 'nothing'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("drop, status", [("described", 0), ("", 0), ('""', 0), ("x", 1)])
+def test_the_index_that_pandas_writes(tmp_path, capsys, drop, status):
+    """A column without a name: it is proposed to be dropped, can be kept, and is in new rows as well."""
+    pd.DataFrame({"y": [0, 1] * 60, "x": range(120)}).to_csv(tmp_path / "t.csv")
+    words = ["--input", tmp_path / "t.csv", "--label", "y", "--numeric", "x", "--drop", drop]
+    if drop == "described":
+        assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--describe"]) == 0
+        words = shlex.split(capsys.readouterr().out.split("\n\n")[-1].replace("\\\n", ""))[2:]
+    assert run(tmp_path / "d", *words) == status
+    if status:
+        assert "column x is given to" in one_error(capsys)
+        assert run(tmp_path / "d", *words[:-2]) == 1 and 'names the columns "" (1); give' in one_error(capsys)
+        return
+    assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "new", "--keep", "") == 0
+    assert pq.read_table(tmp_path / "new")["column"].to_pylist() == list(map(str, range(120)))
+
+
 # ------------------------------------------------------------------------------------------------------ text and files
 
 
@@ -783,7 +800,7 @@ def test_damaged_packed_files(tables, tmp_path, capsys):
     (["--categorical", "a,z", "--numeric", "x"], "there is no column 'z'; the columns are y, a, x (3)"),
     (["--categorical", "a,x", "--numeric", "x"], "column x is given to --categorical and --numeric"),
     (["--categorical", "a,x,y"], "column y is given to --label and --categorical"),
-    (["--drop", "a,x"], "no column is a feature"),
+    (["--drop", "a,x"], "no column is a feature"), (["--numeric", "x,"], "--numeric has a column without a name"),
     (["--categorical", "a,x", "--min_count", "b=3"], "--min_count b=...: 'b' is no column of --categorical or "
                                                      "--numeric"),
     (["--categorical", "a,x", "--hash", "50"], "--hash needs the name of a column"),
@@ -799,6 +816,7 @@ def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     ([], "--label is required"), (["--label", "y", "--val_input", "x"], "--val_input and --test_input go together"),
     (["--label", "y", "--split_by", "t"], "--split_by, --val_from and --test_from go together"),
     (["--label", "y", "--val_share", "0.6", "--test_share", "0.4"], "leave nothing for train"),
+    (["--label", ""], "'' is no name of a column"),
     (["--label", "y", "--min_count", "a=x"], "'x' is not a whole number"),
     (["--label", "y", "--separator", "ab"], "'ab', "),
 ])

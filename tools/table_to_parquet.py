@@ -15,7 +15,7 @@ prints
 
 Inputs: files or folders; text may be .gz or .zst, with a header (or --columns), cells may be quoted. Every column is
 named by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop. A name with a
-comma stands in double quotes: --drop '"a,b",c'.
+comma stands in double quotes: --drop '"a,b",c'. The index that pandas writes has an empty name: --drop '""'.
 
     --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count
                     times, unknown and missing ones share the out-of-vocabulary id, which is the last one.
@@ -56,7 +56,7 @@ from tools.converter.encoders import Bucket, Category, Encoder, Hash, Quantile
 from tools.converter.names import shard_names
 from tools.converter.raw import RawFormat, open_raw
 from tools.converter.source import Source, open_files
-from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten, split_names
+from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten
 
 MIN_COUNT = 2
 KINDS = ("categorical", "numeric", "list", "hash")
@@ -70,9 +70,9 @@ def per_field(kind):
 
     def convert_text(text):
         values = {}
-        for part in split_names(text):
+        for part in name_list(text):
             name, _, value = part.rpartition("=")
-            values[name or None] = kind(value)
+            values[name if "=" in part else None] = kind(value)
         return values
 
     return convert_text
@@ -100,7 +100,7 @@ def make_parser():
                                                                "nothing")
     group.add_argument("--base", help="dataset to grow: its fields and ids are kept, and new tokens appended")
     group = parser.add_argument_group("columns")
-    group.add_argument("--label", help="column with the label, 0 or 1")
+    group.add_argument("--label", type=column_name, help="column with the label, 0 or 1")
     group.add_argument("--categorical", **columns, help="columns whose values are looked up")
     group.add_argument("--numeric", **columns, help="columns of numbers, which are put into buckets")
     group.add_argument("--list", **columns, help="columns with several values a row")
@@ -119,13 +119,20 @@ def make_parser():
     share = number(float, 0, 1, open_low=True)
     group.add_argument("--val_share", type=share, default=0.1, help="share of the rows (or groups) for val")
     group.add_argument("--test_share", type=share, default=0.1, help="share of the rows (or groups) for test")
-    group.add_argument("--split_by", metavar="COLUMN", help="column with the time of a row: a number, or a date as "
-                                                            "text")
+    group.add_argument("--split_by", type=column_name, metavar="COLUMN",
+                       help="column with the time of a row: a number, or a date as text")
     group.add_argument("--val_from", help="first time of val")
     group.add_argument("--test_from", help="first time of test")
-    group.add_argument("--split_by_group", metavar="COLUMN", help="column whose values are not to be in two splits")
+    group.add_argument("--split_by_group", type=column_name, metavar="COLUMN",
+                       help="column whose values are not to be in two splits")
     convert.add_common_options(parser.add_argument_group("output"))
     return parser
+
+
+def column_name(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a column")
+    return text
 
 
 def separator(text):
@@ -183,6 +190,9 @@ def assign(args, columns):
             kinds[name] = option
     if None in kinds:
         raise UserError("--hash needs the name of a column: --hash user_id=1000000")
+    if "" in kinds:
+        raise UserError(f"--{kinds['']} has a column without a name, which cannot be a feature; give it a name in the "
+                        "input, or drop it: --drop '\"\"'")
     used = {args.label: "label", **{name: "drop" for name in args.drop or ()}}
     twice = [name for name in used if name in kinds]
     if twice:

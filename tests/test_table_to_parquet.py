@@ -685,6 +685,9 @@ BAD_TEXTS = {
                                                                                 "number"),
     "zero byte": (GOOD.replace("t1,7", "t\0,7").encode(), "t.csv, line 9: a zero byte"),
     "twice": (GOOD.replace("y,a,x", "y,a,a").encode(), "has two columns called 'a'"),
+    "quotes inside": (GOOD.replace(",t", ',5" t').replace("1,5\" t2,59", "7,t2,59").encode(), "line 61: label '7'"),
+    "blanks": (GOOD.replace("1,t2,59", "7,t2,59").replace(",t2,", ",t2, \t").replace(".5", ".5 ").encode(),
+               "t.csv, line 61: label '7', expected 0 or 1"),
     "carriage return": (GOOD.replace("t1,7", "t\r1,7").encode(), "line 9: a carriage return inside the line"),
 }
 
@@ -697,6 +700,21 @@ def test_bad_text_is_named(tmp_path, capsys, case):
     assert run(tmp_path / "d", *options) == 1
     assert message in one_error(capsys)
     assert os.listdir(tmp_path) == ["t.csv"]
+
+
+def test_blanks_around_numbers(tmp_path):
+    """They are the same numbers, whether a column is read as numbers or as text, which is to be kept as well."""
+    (tmp_path / "t.csv").write_text(GOOD.replace(".5", ".5 ").replace(",t1,", ",t1, \t"))
+    (tmp_path / "plain.csv").write_text(GOOD)
+    options = ["--label", "y", "--categorical", "a", "--numeric", "x", "--split_by", "x", "--val_from", "40",
+               "--test_from", "50"]  # fmt: skip
+    for name, more in (("t", []), ("t", ["--keep", "x"]), ("plain", ["--keep", "x"])):
+        assert run(tmp_path / "d", "--input", tmp_path / f"{name}.csv", *options, *more, overwrite=True) == 0
+        ids = [pq.read_table(tmp_path / "d" / split)["x"].to_pylist() for split in SPLITS]
+        assert name == "t" and not more or ids == first
+        first = ids
+    assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "out", "--keep", "x") == 0
+    assert pq.read_table(tmp_path / "out")["raw_x"].to_pylist()[:3] == ["0.5 ", " \t1.5 ", "2.5 "]
 
 
 def test_a_file_without_line_ends_is_not_read_as_a_whole(tmp_path, capsys, monkeypatch):

@@ -305,7 +305,7 @@ class RawText:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             return f"{error.reason} at byte {error.start}, expected text in UTF-8; write it again, say with iconv"
-        if self.quotes and text.count('"') % 2:
+        if self.quotes and has_open_quote(text, self.separator):
             return ("a quote that is not closed; values of several lines cannot be read: write them as parquet, or add "
                     "--no_quotes where quotes are plain characters")
         cells = split_line(text, self.separator, self.quotes)
@@ -367,6 +367,20 @@ def columns_of(cells, form):
     if form.unlabelled and len(cells) == len(columns) - 1 and form.label in columns:
         columns.remove(form.label)
     return columns
+
+
+def has_open_quote(text, separator):
+    """Whether a line has a cell that begins with a quote and does not end; other quotes are plain characters."""
+    place = 0
+    while True:
+        if text.startswith('"', place):
+            quoted = re.compile('"(?:[^"]|"")*"(?!")').match(text, place)
+            if quoted is None:
+                return True
+            place = quoted.end()
+        place = text.find(separator, place) + 1
+        if not place:
+            return False
 
 
 def split_line(text, separator, quotes):

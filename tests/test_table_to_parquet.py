@@ -448,6 +448,26 @@ def test_base_takes_no_columns(dataset, tmp_path, capsys):
     assert "--categorical does not go with --base" in capsys.readouterr().err
 
 
+def test_base_takes_another_form(tmp_path, capsys):
+    """What is said of the new files holds; names must be those of columns."""
+    options = ["--label", "y", "--categorical", "u", "--numeric", "x", "--numeric_bins", "3", "--min_count", "1"]
+    for name, separator in (("1", ","), ("2", "#")):
+        cells = {"y": ["0", "1"] * 60, "u": ["a", f'"{name}"'] * 60, "x": list(map(str, range(120)))}
+        lines = [",".join(cells), *map(",".join, zip(*cells.values()))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines).replace(",", separator) + "\n")
+    assert run(tmp_path / "d", "--input", tmp_path / "1.csv", *options) == 0
+    new = (tmp_path / "d", tmp_path / "2.csv", tmp_path / "grown", "--separator", "#")
+    assert grow(*new, "--no_quotes", "--min_count", "u=1") == 0
+    encoder = Encoder.load(tmp_path / "grown")
+    assert sorted(encoder.fields[0].vocabulary.texts.to_pylist()) == ['"2"', "1", "a"]
+    assert [encoder.info["raw"][name] for name in ("separator", "quotes")] == ["#", False]
+    for wrong, message in ((["--min_count", "w=7"], "--min_count w=...: 'w' is no column of"),
+                           (["--drop", "z"], "has no column 'z'"), (["--drop", "u"], "--drop u: it is a column of"),
+                           (["--keep", "z"], "has no column 'z'"), (["--split_by_group", "z"], "has no column 'z'")):
+        assert grow(*new, *wrong, "--overwrite") == 1
+        assert message in one_error(capsys)
+
+
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -708,11 +728,11 @@ def test_blanks_around_numbers(tmp_path):
     (tmp_path / "plain.csv").write_text(GOOD)
     options = ["--label", "y", "--categorical", "a", "--numeric", "x", "--split_by", "x", "--val_from", "40",
                "--test_from", "50"]  # fmt: skip
+    ids = []
     for name, more in (("t", []), ("t", ["--keep", "x"]), ("plain", ["--keep", "x"])):
         assert run(tmp_path / "d", "--input", tmp_path / f"{name}.csv", *options, *more, overwrite=True) == 0
-        ids = [pq.read_table(tmp_path / "d" / split)["x"].to_pylist() for split in SPLITS]
-        assert name == "t" and not more or ids == first
-        first = ids
+        ids.append([pq.read_table(tmp_path / "d" / split)["x"].to_pylist() for split in SPLITS])
+    assert ids[0] == ids[1] == ids[2]
     assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "out", "--keep", "x") == 0
     assert pq.read_table(tmp_path / "out")["raw_x"].to_pylist()[:3] == ["0.5 ", " \t1.5 ", "2.5 "]
 
@@ -834,9 +854,9 @@ def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     ([], "--label is required"), (["--label", "y", "--val_input", "x"], "--val_input and --test_input go together"),
     (["--label", "y", "--split_by", "t"], "--split_by, --val_from and --test_from go together"),
     (["--label", "y", "--val_share", "0.6", "--test_share", "0.4"], "leave nothing for train"),
-    (["--label", ""], "'' is no name of a column"),
+    (["--label", ""], "argument --label: '', expected some text"),
     (["--label", "y", "--min_count", "a=x"], "'x' is not a whole number"),
-    (["--label", "y", "--separator", "ab"], "'ab', "),
+    (["--label", "y", "--separator", "ab"], "'ab', "), (["--label", "y", "--list_separator", ""], "'', expected some"),
 ])
 def test_options_that_do_not_fit_together(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:

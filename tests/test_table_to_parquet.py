@@ -274,6 +274,9 @@ def test_encoder_is_a_value(tables, dataset, tmp_path):
            "device": ["a", "b", "c"]}  # fmt: skip
     encoder.encode(new, unknown)
     assert unknown.tolist() == [1, 2, 3, 0, 1, 3, 0]
+    lists = pa.array([["rock", "pop"], ["x", "jazz"], ["", "x"]])
+    ids = [encoder.encode({**new, "tags": tags}) for tags in (lists, lists.cast(pa.list_(pa.string(), 2)))]
+    assert (ids[0] == ids[1]).all()
     with pytest.raises(UserError, match="no column user_id"):
         encoder.encode({"item": [1]})
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tools.converter.values import LABELS, BadValue, as_numbers, as_text, one_array
+from tools.converter.values import LABELS, BadValue, as_numbers, as_text, is_lists, one_array
 from tools.trainer.cli import brief, join_names
 
 LOOK_ROWS = 1 << 18  # rows that are looked at
@@ -58,7 +58,7 @@ def columns_of(raw, label=None):
 
 def describe(name, column, is_text):
     """The Column of some rows; is_text: whether the values were text in the file, whatever they look like."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    if is_lists(column.type):
         return list_column(name, column)
     try:
         texts = as_text(column)

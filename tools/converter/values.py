@@ -176,10 +176,16 @@ def as_labels(column):
     return values.astype(np.int8)
 
 
+def is_lists(kind):
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def as_lists(column, separator):
     """(text Array of all elements, lengths int64 (n)) of a column of lists, or of texts with a separator."""
     column = one_array(column)
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    if not is_lists(column.type):
         if separator is None:
             raise BadValue(0, f"a value of type {column.type}", "lists, or a --list_separator")
         column = pc.split_pattern(as_text(column), separator)

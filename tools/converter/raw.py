@@ -395,6 +395,18 @@ def check_columns(path, columns, wanted):
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {shorten(columns)}")
 
 
+def kept_type(raws, column, option):
+    """pyarrow type of a column that is handed through: text of text files, its own of parquet.
+
+    Raises: UserError where the files have it in several types, as pandas writes whole numbers with and without gaps.
+    """
+    kinds = {str(kind): kind for kind in (pa.string() if raw.is_text else raw.types[column] for raw in raws)}
+    if len(kinds) > 1:
+        raise UserError(f"{option} {column}: the inputs have it as {' and '.join(sorted(kinds))}; give inputs of one "
+                        "type")
+    return kinds.popitem()[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- parquet
 
 

@@ -846,6 +846,7 @@ def test_damaged_packed_files(tables, tmp_path, capsys):
                                                      "--numeric"),
     (["--categorical", "a,x", "--hash", "50"], "--hash needs the name of a column"),
     (["--categorical", "a,x", "--keep", "b"], "there is no column 'b'"),
+    (["--categorical", "a", "--columns", "y,a,a"], "has two columns called 'a'; rename one of them"),
 ])
 def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     (tmp_path / "t.csv").write_text(GOOD)

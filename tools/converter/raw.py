@@ -152,14 +152,11 @@ class RawText:
     def _read_header(self, line, form):
         cells = split_line(line, self.separator, self.quotes)
         self.has_header = is_header(cells, form)
-        if self.has_header:
-            self.columns = cells
-            twice = sorted({cell for cell in cells if cells.count(cell) > 1})
-            if twice:
-                raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them, or add a "
-                                "header where it has none")
-            return
-        self.columns = columns_of(cells, form)
+        self.columns = cells if self.has_header else columns_of(cells, form)
+        twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if twice:
+            raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them"
+                            + (", or add a header where it has none" if self.has_header else ""))
 
     @contextmanager
     def open(self):

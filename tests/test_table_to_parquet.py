@@ -666,10 +666,10 @@ def test_text_without_header(tmp_path):
 
 
 @pytest.mark.parametrize("line, separator, columns", [
-    ("u1,a|b|c|a", ",", None), ("0,u1,a|b|c|a", ",", None), ("u1;a|b|c|d", ";", None), ("0\tu1\ta,b,c", "\t", None),
-    ("u1,user", ",", None), ("genres,user", ",", ["genres", "user"]), ("a|b|c,user,genres", ",", ["a|b|c", "user",
-                                                                                                "genres"]),
-    ("y;user;genres", ";", ["y", "user", "genres"]), ("user,genre", ",", ["user", "genre"]), ("u1", ",", None),
+    ("u1,a|b|c|a", ",", None), ("0,u1,a|b|c|a", ",", None), ("2,u1,a|b|c|d", ",", None), ("u1", ",", None),
+    ("u1;a|b|c|d", ";", None), ("0\tu1\ta,b,c", "\t", None), ("u1,user", ",", None),
+    ("genres,user", ",", ["genres", "user"]), ("a|b|c,user,genres", ",", ["a|b|c", "user", "genres"]),
+    ("y;user;genres", ";", ["y", "user", "genres"]), ("user,genre", ",", ["user", "genre"]),
 ])
 def test_separator_and_header_of_new_rows(tmp_path, line, separator, columns):
     """The dataset's own separator comes first; a header has all names that are needed, or was meant to have them."""

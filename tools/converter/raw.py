@@ -319,16 +319,23 @@ class RawText:
 def find_separator(line, form):
     """The separator of a file with this first line.
 
-    The likely one, or else the one that the line has most of, that makes of it what is known of a header or a row; the
-    first of these where none does, as in a line that has a mistake.
+    The one that makes of it best what is known of a header or a row; of several, the likely one, or else the one that
+    the line has most of.
     """
     known = [form.likely] if form.likely else []
     found = [mark for mark in [*known, *sorted(SEPARATORS, key=line.count, reverse=True)] if mark in line]
-    for mark in found:
-        cells = split_line(line, mark, form.quotes)
-        if has_needed(cells, form) if is_header(cells, form) else is_row(cells, form):
-            return mark
-    return (found or known or [","])[0]
+    return max(found or known or [","], key=lambda mark: fit(split_line(line, mark, form.quotes), form))
+
+
+def fit(cells, form):
+    """How well the cells of a first line fit: 2 where a header has all needed names, or a row all columns and a label
+    where it has one; 1 for a row with another label; 0."""
+    if is_header(cells, form):
+        return 2 * has_needed(cells, form)
+    columns = columns_of(cells, form)
+    if len(cells) != len(columns):
+        return 0
+    return 2 if form.label not in columns or cells[columns.index(form.label)] in LABELS else 1
 
 
 def has_needed(cells, form):
@@ -350,12 +357,6 @@ def is_header(cells, form):
     columns = [name.lower() for name in columns_of(cells, form)]
     known = sum(cell in columns for cell in cells)
     return known > 0 if len(cells) != len(columns) else 2 * known > len(cells) or any(map(str.__eq__, cells, columns))
-
-
-def is_row(cells, form):
-    """Whether cells are as many as the columns of a file without header, with a label where it has one."""
-    columns = columns_of(cells, form)
-    return len(cells) == len(columns) and (form.label not in columns or cells[columns.index(form.label)] in LABELS)
 
 
 def columns_of(cells, form):

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tools.converter.encoders import Encoder
+from tools.trainer.dataset_info import digest_of
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "h5_to_parquet.py"
 
@@ -333,6 +334,7 @@ def test_one_split_like_a_dataset(tmp_path, capsys, form):
                                   check_dtype=False)
     info = json.loads((tmp_path / "ids" / "_dataset_info.json").read_text())
     assert info["num_samples"] == {"rows": ROWS["test"]}
+    assert info["files"] == {path.name: digest_of(path) for path in (tmp_path / "ids").glob("*.parquet")} != {}
     assert info["fingerprint"] == Encoder.load(tmp_path / "out").fingerprint
     write_split(later, form, "valid", data["valid"])
     assert like("--overwrite") == 1

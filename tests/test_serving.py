@@ -312,9 +312,22 @@ def test_unknown_values_and_ids(day, tmp_path, fails, capfd):
     shutil.copy(day / "data" / "dataset_info.json", tmp_path)
     assert "column user has ids outside its table, the first in row 3" in fails(*options, tmp_path / "ids.parquet")
     found = predict(day, tmp_path / "ids.parquet", tmp_path / "c.parquet", "--unknown_ids", "oov")["probability"]
+    for missing in (pa.uint32(), pa.uint64()):
+        column = pa.array([None if row == 3 else value for row, value in enumerate(table["user"])], missing)
+        ids = pa.Table.from_pandas(table)
+        pq.write_table(ids.set_column(ids.column_names.index("user"), "user", column), tmp_path / "ids.parquet")
+        assert "column user has ids outside its table, the first in row 3" in fails(*options, tmp_path / "ids.parquet")
     table.loc[3, "user"] = model.encoder.fields[0].oov
     expected = model.predict(table[model.columns].to_numpy())
     assert np.abs(found.to_numpy() - expected).max() < 1e-6
+
+
+def test_raw_rows_in_a_folder_of_the_dataset(day, tmp_path):
+    shutil.copytree(day / "data", tmp_path / "data")
+    (tmp_path / "data" / "new").mkdir()
+    pq.write_table(pa_csv.read_csv(day / "new.csv"), tmp_path / "data" / "new" / "raw.parquet")
+    found = predict(day, tmp_path / "data" / "new", tmp_path / "a.parquet")
+    assert found.equals(predict(day, day / "new.csv", tmp_path / "b.parquet"))
 
 
 def test_another_vocabulary_is_refused(day, tmp_path, fails):
@@ -827,3 +840,21 @@ def test_kept_columns_stay_as_they_are(odd, tmp_path, capfd, fails):
         "--model_load_dir", best(odd), "--predict", tmp_path / "rows.parquet", "--predict_output", tmp_path / "p.csv",
         "--keep_columns", "genres")
     assert not list(tmp_path.glob("p.csv*"))
+
+
+def test_kept_columns_that_cannot_be_written(odd, tmp_path, capfd, fails):
+    """By both programs alike: two columns of one name, and one of several types."""
+    parts, path = tmp_path / "parts", export(odd)
+    parts.mkdir()
+    for number, kind in enumerate((pa.int64(), pa.float64())):
+        table = pa.Table.from_pandas(odd_rows())
+        rid = pa.array([None if number and row == 7 else row for row in range(table.num_rows)], kind)
+        pq.write_table(table.append_column("rid", rid).append_column("probability", rid), parts / f"{number}.parquet")
+    for keep, message in (("user,user", "the output would have two columns user"),
+                          ("probability", "the output would have two columns probability"),
+                          ("rid", "--keep_columns rid: the inputs have it as double and int64; give inputs of one")):
+        assert score_onnx.main([path, str(parts), f"--output={tmp_path}/o.parquet", "--keep_columns", keep]) == 1
+        assert message in capfd.readouterr().err
+        assert message in fails("--model_load_dir", best(odd), "--predict", parts, "--predict_output",
+                                tmp_path / "o.parquet", "--keep_columns", keep)
+    assert not list(tmp_path.glob("o.parquet*"))

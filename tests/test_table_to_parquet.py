@@ -274,6 +274,9 @@ def test_encoder_is_a_value(tables, dataset, tmp_path):
            "device": ["a", "b", "c"]}  # fmt: skip
     encoder.encode(new, unknown)
     assert unknown.tolist() == [1, 2, 3, 0, 1, 3, 0]
+    lists = pa.array([["rock", "pop"], ["x", "jazz"], ["", "x"]])
+    ids = [encoder.encode({**new, "tags": tags}) for tags in (lists, lists.cast(pa.list_(pa.string(), 2)))]
+    assert (ids[0] == ids[1]).all()
     with pytest.raises(UserError, match="no column user_id"):
         encoder.encode({"item": [1]})
 
@@ -448,6 +451,26 @@ def test_base_takes_no_columns(dataset, tmp_path, capsys):
     assert "--categorical does not go with --base" in capsys.readouterr().err
 
 
+def test_base_takes_another_form(tmp_path, capsys):
+    """What is said of the new files holds; names must be those of columns."""
+    options = ["--label", "y", "--categorical", "u", "--numeric", "x", "--numeric_bins", "3", "--min_count", "1"]
+    for name, separator in (("1", ","), ("2", "#")):
+        cells = {"y": ["0", "1"] * 60, "u": ["a", f'"{name}"'] * 60, "x": list(map(str, range(120)))}
+        lines = [",".join(cells), *map(",".join, zip(*cells.values()))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines).replace(",", separator) + "\n")
+    assert run(tmp_path / "d", "--input", tmp_path / "1.csv", *options) == 0
+    new = (tmp_path / "d", tmp_path / "2.csv", tmp_path / "grown", "--separator", "#")
+    assert grow(*new, "--no_quotes", "--min_count", "u=1") == 0
+    encoder = Encoder.load(tmp_path / "grown")
+    assert sorted(encoder.fields[0].vocabulary.texts.to_pylist()) == ['"2"', "1", "a"]
+    assert [encoder.info["raw"][name] for name in ("separator", "quotes")] == ["#", False]
+    for wrong, message in ((["--min_count", "w=7"], "--min_count w=...: 'w' is no column of"),
+                           (["--drop", "z"], "has no column 'z'"), (["--drop", "u"], "--drop u: it is a column of"),
+                           (["--keep", "z"], "has no column 'z'"), (["--split_by_group", "z"], "has no column 'z'")):
+        assert grow(*new, *wrong, "--overwrite") == 1
+        assert message in one_error(capsys)
+
+
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -575,6 +598,23 @@ def test_described_names_and_separators_come_back(tmp_path, capsys, monkeypatch,
     assert "has no column 'nothing'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("drop, status", [("described", 0), ("", 0), ('""', 0), ("x", 1)])
+def test_the_index_that_pandas_writes(tmp_path, capsys, drop, status):
+    """A column without a name: it is proposed to be dropped, can be kept, and is in new rows as well."""
+    pd.DataFrame({"y": [0, 1] * 60, "x": range(120)}).to_csv(tmp_path / "t.csv")
+    words = ["--input", tmp_path / "t.csv", "--label", "y", "--numeric", "x", "--drop", drop]
+    if drop == "described":
+        assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--describe"]) == 0
+        words = shlex.split(capsys.readouterr().out.split("\n\n")[-1].replace("\\\n", ""))[2:]
+    assert run(tmp_path / "d", *words) == status
+    if status:
+        assert "column x is given to" in one_error(capsys)
+        assert run(tmp_path / "d", *words[:-2]) == 1 and 'names the columns "" (1); give' in one_error(capsys)
+        return
+    assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "new", "--keep", "") == 0
+    assert pq.read_table(tmp_path / "new")["column"].to_pylist() == list(map(str, range(120)))
+
+
 # ------------------------------------------------------------------------------------------------------ text and files
 
 
@@ -625,6 +665,32 @@ def test_text_without_header(tmp_path):
         assert_ids(pq.read_table(tmp_path / f"out-{name}"), plain_ids(tmp_path / "d", cells))
 
 
+@pytest.mark.parametrize("line, separator, columns", [
+    ("u1,a|b|c|a", ",", None), ("0,u1,a|b|c|a", ",", None), ("2,u1,a|b|c|d", ",", None), ("u1", ",", None),
+    ("u1;a|b|c|d", ";", None), ("0\tu1\ta,b,c", "\t", None), ("u1,user", ",", None),
+    ("genres,user", ",", ["genres", "user"]), ("a|b|c,user,genres", ",", ["a|b|c", "user", "genres"]),
+    ("y;user;genres", ";", ["y", "user", "genres"]), ("user,genre", ",", ["user", "genre"]),
+])
+def test_separator_and_header_of_new_rows(tmp_path, line, separator, columns):
+    """The dataset's own separator comes first; a header has all names that are needed, or was meant to have them."""
+    (tmp_path / "new.csv").write_text(line + "\n")
+    raw = {"columns": ["y", "user", "genres"], "label": "y", "header": False, "separator": ","}
+    form = convert.format_of({"raw": raw, "fields": [{"name": "user"}, {"name": "genres"}]}, unlabelled=True)
+    raw = raw_files.open_raw(tmp_path / "new.csv", form)
+    assert (raw.separator, raw.has_header) == (separator, columns is not None)
+    assert columns is None or raw.columns == columns
+
+
+def test_separator_of_rows_without_header(tmp_path):
+    """The one that gives as many cells as there are names, also where a list has more of another."""
+    (tmp_path / "t.csv").write_text("".join(f"{i % 2},u{i % 5},a|b|c|d\n" for i in range(100)))
+    options = ["--columns", "y,user,genres", "--label", "y", "--categorical", "user", "--list", "genres"]
+    assert run(tmp_path / "d", "--input", tmp_path / "t.csv", *options) == 0
+    (tmp_path / "new.csv").write_text("u1,d|c|b|a\n")
+    assert encode(tmp_path / "d", tmp_path / "new.csv", tmp_path / "out") == 0
+    assert_ids(pq.read_table(tmp_path / "out"), plain_ids(tmp_path / "d", {"user": ["u1"], "genres": ["d|c|b|a"]}))
+
+
 GOOD = "y,a,x\n" + "".join(f"{i % 2},t{i % 3},{i}.5\n" for i in range(60))
 BAD_TEXTS = {
     "UTF-16": (GOOD.encode("utf-16"), "t.csv is UTF-16, expected text in UTF-8"),
@@ -642,6 +708,9 @@ BAD_TEXTS = {
                                                                                 "number"),
     "zero byte": (GOOD.replace("t1,7", "t\0,7").encode(), "t.csv, line 9: a zero byte"),
     "twice": (GOOD.replace("y,a,x", "y,a,a").encode(), "has two columns called 'a'"),
+    "quotes inside": (GOOD.replace(",t", ',5" t').replace("1,5\" t2,59", "7,t2,59").encode(), "line 61: label '7'"),
+    "blanks": (GOOD.replace("1,t2,59", "7,t2,59").replace(",t2,", ",t2, \t").replace(".5", ".5 ").encode(),
+               "t.csv, line 61: label '7', expected 0 or 1"),
     "carriage return": (GOOD.replace("t1,7", "t\r1,7").encode(), "line 9: a carriage return inside the line"),
 }
 
@@ -654,6 +723,21 @@ def test_bad_text_is_named(tmp_path, capsys, case):
     assert run(tmp_path / "d", *options) == 1
     assert message in one_error(capsys)
     assert os.listdir(tmp_path) == ["t.csv"]
+
+
+def test_blanks_around_numbers(tmp_path):
+    """They are the same numbers, whether a column is read as numbers or as text, which is to be kept as well."""
+    (tmp_path / "t.csv").write_text(GOOD.replace(".5", ".5 ").replace(",t1,", ",t1, \t"))
+    (tmp_path / "plain.csv").write_text(GOOD)
+    options = ["--label", "y", "--categorical", "a", "--numeric", "x", "--split_by", "x", "--val_from", "40",
+               "--test_from", "50"]  # fmt: skip
+    ids = []
+    for name, more in (("t", []), ("t", ["--keep", "x"]), ("plain", ["--keep", "x"])):
+        assert run(tmp_path / "d", "--input", tmp_path / f"{name}.csv", *options, *more, overwrite=True) == 0
+        ids.append([pq.read_table(tmp_path / "d" / split)["x"].to_pylist() for split in SPLITS])
+    assert ids[0] == ids[1] == ids[2]
+    assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "out", "--keep", "x") == 0
+    assert pq.read_table(tmp_path / "out")["raw_x"].to_pylist()[:3] == ["0.5 ", " \t1.5 ", "2.5 "]
 
 
 def test_a_file_without_line_ends_is_not_read_as_a_whole(tmp_path, capsys, monkeypatch):
@@ -757,11 +841,12 @@ def test_damaged_packed_files(tables, tmp_path, capsys):
     (["--categorical", "a,z", "--numeric", "x"], "there is no column 'z'; the columns are y, a, x (3)"),
     (["--categorical", "a,x", "--numeric", "x"], "column x is given to --categorical and --numeric"),
     (["--categorical", "a,x,y"], "column y is given to --label and --categorical"),
-    (["--drop", "a,x"], "no column is a feature"),
+    (["--drop", "a,x"], "no column is a feature"), (["--numeric", "x,"], "--numeric has a column without a name"),
     (["--categorical", "a,x", "--min_count", "b=3"], "--min_count b=...: 'b' is no column of --categorical or "
                                                      "--numeric"),
     (["--categorical", "a,x", "--hash", "50"], "--hash needs the name of a column"),
     (["--categorical", "a,x", "--keep", "b"], "there is no column 'b'"),
+    (["--categorical", "a", "--columns", "y,a,a"], "has two columns called 'a'; rename one of them"),
 ])
 def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     (tmp_path / "t.csv").write_text(GOOD)
@@ -773,8 +858,9 @@ def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     ([], "--label is required"), (["--label", "y", "--val_input", "x"], "--val_input and --test_input go together"),
     (["--label", "y", "--split_by", "t"], "--split_by, --val_from and --test_from go together"),
     (["--label", "y", "--val_share", "0.6", "--test_share", "0.4"], "leave nothing for train"),
+    (["--label", ""], "argument --label: '', expected some text"),
     (["--label", "y", "--min_count", "a=x"], "'x' is not a whole number"),
-    (["--label", "y", "--separator", "ab"], "'ab', "),
+    (["--label", "y", "--separator", "ab"], "'ab', "), (["--label", "y", "--list_separator", ""], "'', expected some"),
 ])
 def test_options_that_do_not_fit_together(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:

@@ -65,7 +65,7 @@ from tools.converter.spool import RowLayout, RowSpool
 from tools.converter.vocabulary import Vocabulary, keys_of_texts
 from tools.converter.writer import SplitWriter, rows_digest
 from tools.trainer.cli import UserError, brief, first_line, name_list, shorten
-from tools.trainer.dataset_info import LABEL, digests_of
+from tools.trainer.dataset_info import LABEL, digest_of, digests_of, parquet_files
 from tools.trainer.files import count, read_json
 from tools.trainer.places import is_url
 
@@ -614,8 +614,9 @@ def convert_like(args):
     inputs = [Path(feature_map.path).parent, args.like]
     with publish.published_folder(args.output_dir, inputs, args.overwrite, args.spark_tmp_dir) as folder:
         rows, digest = convert_split(split, parts, feature_map, encoder, folder, None, args)
-        content = info.rows_info(encoder.info, {"rows": rows}, {"rows": digest}, LABEL, {},
-                                 {"tool": "tools/h5_to_parquet.py", "options": {"like": args.like}})
+        made = {"tool": "tools/h5_to_parquet.py", "options": {"like": args.like}}
+        files = {path.name: digest_of(path) for path in parquet_files(folder)}
+        content = info.rows_info(encoder.info, {"rows": rows}, {"rows": digest}, LABEL, {}, made, files=files)
         info.write_rows_info(folder, content)
 
 

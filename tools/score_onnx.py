@@ -25,10 +25,11 @@ from tools.serving.output import (
     check_output,
     check_suffix,
     csv_writer,
+    kept_schema,
     prediction_schema,
     rows_table,
 )
-from tools.trainer.cli import UserError, name_list, number
+from tools.trainer.cli import name_list, number
 
 
 class Printed:
@@ -47,14 +48,6 @@ class Printed:
     def __exit__(self, kind, *_):
         self.writer.close()
         sys.stdout.flush()
-
-
-def kept_schema(raws, keep):
-    """pyarrow schema of the columns to keep."""
-    missing = [name for raw in raws for name in keep if name not in raw.columns]
-    if missing:
-        raise UserError(f"--keep_columns {missing[0]} is not a column of the rows")
-    return pa.schema([pa.field(name, pa.string() if raws[0].is_text else raws[0].types[name]) for name in keep])
 
 
 def score(args):

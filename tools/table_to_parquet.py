@@ -15,7 +15,7 @@ prints
 
 Inputs: files or folders; text may be .gz or .zst, with a header (or --columns), cells may be quoted. Every column is
 named by one option: --label (0 and 1), a kind, --keep (carried through the shards, no feature) or --drop. A name with a
-comma stands in double quotes: --drop '"a,b",c'.
+comma stands in double quotes: --drop '"a,b",c'. The index that pandas writes has an empty name: --drop '""'.
 
     --categorical   a text; its id is found in the vocabulary of the train rows. Tokens seen fewer than --min_count
                     times, unknown and missing ones share the out-of-vocabulary id, which is the last one.
@@ -56,7 +56,7 @@ from tools.converter.encoders import Bucket, Category, Encoder, Hash, Quantile
 from tools.converter.names import shard_names
 from tools.converter.raw import RawFormat, open_raw
 from tools.converter.source import Source, open_files
-from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten, split_names
+from tools.trainer.cli import LARGEST, UserError, name_list, number, shorten
 
 MIN_COUNT = 2
 KINDS = ("categorical", "numeric", "list", "hash")
@@ -70,9 +70,9 @@ def per_field(kind):
 
     def convert_text(text):
         values = {}
-        for part in split_names(text):
+        for part in name_list(text):
             name, _, value = part.rpartition("=")
-            values[name or None] = kind(value)
+            values[name if "=" in part else None] = kind(value)
         return values
 
     return convert_text
@@ -100,7 +100,7 @@ def make_parser():
                                                                "nothing")
     group.add_argument("--base", help="dataset to grow: its fields and ids are kept, and new tokens appended")
     group = parser.add_argument_group("columns")
-    group.add_argument("--label", help="column with the label, 0 or 1")
+    group.add_argument("--label", type=some_text, help="column with the label, 0 or 1")
     group.add_argument("--categorical", **columns, help="columns whose values are looked up")
     group.add_argument("--numeric", **columns, help="columns of numbers, which are put into buckets")
     group.add_argument("--list", **columns, help="columns with several values a row")
@@ -114,18 +114,25 @@ def make_parser():
                        help="bins of equally many rows for numeric columns; default: logarithmic buckets")
     group.add_argument("--list_length", type=per_field(number(int, 1, 1000)), action=Merge, metavar="N or COLUMN=N",
                        help="values of a list that are used; default: 5")
-    group.add_argument("--list_separator", help="between the values of a list in text; default: |")
+    group.add_argument("--list_separator", type=some_text, help="between the values of a list in text; default: |")
     group = parser.add_argument_group("splits")
     share = number(float, 0, 1, open_low=True)
     group.add_argument("--val_share", type=share, default=0.1, help="share of the rows (or groups) for val")
     group.add_argument("--test_share", type=share, default=0.1, help="share of the rows (or groups) for test")
-    group.add_argument("--split_by", metavar="COLUMN", help="column with the time of a row: a number, or a date as "
-                                                            "text")
+    group.add_argument("--split_by", type=some_text, metavar="COLUMN",
+                       help="column with the time of a row: a number, or a date as text")
     group.add_argument("--val_from", help="first time of val")
     group.add_argument("--test_from", help="first time of test")
-    group.add_argument("--split_by_group", metavar="COLUMN", help="column whose values are not to be in two splits")
+    group.add_argument("--split_by_group", type=some_text, metavar="COLUMN",
+                       help="column whose values are not to be in two splits")
     convert.add_common_options(parser.add_argument_group("output"))
     return parser
+
+
+def some_text(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'', expected some text")
+    return text
 
 
 def separator(text):
@@ -183,6 +190,9 @@ def assign(args, columns):
             kinds[name] = option
     if None in kinds:
         raise UserError("--hash needs the name of a column: --hash user_id=1000000")
+    if "" in kinds:
+        raise UserError(f"--{kinds['']} has a column without a name, which cannot be a feature; give it a name in the "
+                        "input, or drop it: --drop '\"\"'")
     used = {args.label: "label", **{name: "drop" for name in args.drop or ()}}
     twice = [name for name in used if name in kinds]
     if twice:
@@ -208,6 +218,16 @@ def check_per_field(args, kinds):
         for name in getattr(args, option) or ():
             if name is not None and kinds.get(name) not in suited:
                 raise UserError(f"--{option} {name}=...: {name!r} is no column of --{' or --'.join(suited)}")
+
+
+def check_names(args, base):
+    """The same where the columns are those of --base; --drop may name what the fields leave out."""
+    options = {"category": "categorical", "bucket": "numeric", "quantile": "numeric"}
+    kinds = {field.raw_column: options.get(field.kind, field.kind) for field in base.fields}
+    check_per_field(args, kinds)
+    used = [name for name in args.drop or () if name in kinds or name == base.label]
+    if used:
+        raise UserError(f"--drop {used[0]}: it is a column of --base {args.base}, whose fields are kept")
 
 
 def make_fields(args, columns):
@@ -251,7 +271,8 @@ def split_rule(args):
 
 def raw_format(args, base):
     if base is not None:
-        return convert.format_of(base.info)
+        form = convert.format_of(base.info)
+        return form._replace(separator=args.separator, quotes=form.quotes and not args.no_quotes)
     return RawFormat(args.columns, args.columns is None, args.separator, not args.no_quotes, args.label)
 
 
@@ -286,8 +307,10 @@ def convert_table(args):
     files = open_tables(args, form)
     columns = files[0][0].columns
     if base is not None:
+        check_names(args, base)
         fields = growth.fields_of(base, args.base, args.min_count)
         label, carried = base.label, growth.carried_of(base, args.keep)
+        files[0][0].check_columns(args.drop or ())
     else:
         fields, carried = make_fields(args, columns)
         label = args.label

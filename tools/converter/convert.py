@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from tools.converter import arrow_engine, info, publish, spark_engine
 from tools.converter.encoders import LARGEST_TABLE, vocabulary_file
-from tools.converter.raw import format_again
+from tools.converter.raw import format_again, kept_type
 from tools.converter.rows import RowMaker
 from tools.trainer.cli import LARGEST, UserError, number
 from tools.trainer.dataset_info import SPLITS, digests_of
@@ -70,14 +70,8 @@ class Job:
 
 def carried_schema(maker, source):
     """pyarrow schema of the carried columns: text from text files, their own types from parquet."""
-    fields = []
-    for name, column in maker.carried.items():
-        kinds = {pa.string() if part.raw.is_text else part.raw.types[column] for part in source.parts}
-        if len(kinds) > 1:
-            raise UserError(f"--keep {column}: the inputs have it as {' and '.join(map(str, kinds))}; give inputs of "
-                            "one type")
-        fields.append(pa.field(name, plain(kinds.pop())))
-    return pa.schema(fields)
+    raws = [part.raw for part in source.parts]
+    return pa.schema([(name, plain(kept_type(raws, column, "--keep"))) for name, column in maker.carried.items()])
 
 
 def plain(kind):
@@ -123,7 +117,7 @@ def raw_description(raw, label, carried=None):
 
 def format_of(info, unlabelled=False):
     """RawFormat of new rows for a dataset, from its dataset_info.json."""
-    return format_again(info["raw"], unlabelled)
+    return format_again(info["raw"], [field.get("raw_column", field["name"]) for field in info["fields"]], unlabelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- options

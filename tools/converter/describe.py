@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tools.converter.values import LABELS, BadValue, as_numbers, as_text, one_array
+from tools.converter.values import LABELS, BadValue, as_numbers, as_text, is_lists, one_array
 from tools.trainer.cli import brief, join_names
 
 LOOK_ROWS = 1 << 18  # rows that are looked at
@@ -44,6 +44,8 @@ def columns_of(raw, label=None):
         raw.check_columns([label])
     table, complete = look(raw)
     columns = [describe(name, one_array(table.column(name)), raw.is_text) for name in table.column_names]
+    columns = [column if column.name else column._replace(kind="drop", note="no name, as the index that pandas writes")
+               for column in columns]
     columns = [column._replace(kind="label", note="as you say") if column.name == label else column
                for column in columns]
     labels = [i for i, column in enumerate(columns) if column.kind == "label" and label in (None, column.name)]
@@ -56,7 +58,7 @@ def columns_of(raw, label=None):
 
 def describe(name, column, is_text):
     """The Column of some rows; is_text: whether the values were text in the file, whatever they look like."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    if is_lists(column.type):
         return list_column(name, column)
     try:
         texts = as_text(column)
@@ -141,7 +143,7 @@ def text_of(raw, args):
     """What was seen and the proposed command, as text."""
     columns, rows, complete = columns_of(raw, args.label)
     heads = ("column", "looks like", "distinct", "missing %", "examples", "proposed", "")
-    lines = [heads] + [(column.name, column.looks, str(column.distinct), f"{100 * column.missing:.2f}",
+    lines = [heads] + [(column.name or '""', column.looks, str(column.distinct), f"{100 * column.missing:.2f}",
                         brief([brief(example, 16) for example in column.examples], 40),
                         "" if column.kind == "drop" else f"--{column.kind}", column.note or "") for column in columns]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)]

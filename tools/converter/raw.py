@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from tools.converter.values import LABELS
 from tools.trainer.cli import UserError, brief, first_line, shorten
 from tools.trainer.places import as_place, parquet_file
 
@@ -33,24 +34,27 @@ Block = namedtuple("Block", "place rows data")
 Block.__doc__ = """Some rows of a raw file. place: number of the first line (text) or row (parquet), for messages and
 for finding it again; rows: how many; data: bytes of text, or a RecordBatch."""
 
-RawFormat = namedtuple("RawFormat", "columns header separator quotes label unlabelled",
-                       defaults=(None, None, None, True, None, False))
+RawFormat = namedtuple("RawFormat", "columns header separator quotes label unlabelled likely needed",
+                       defaults=(None, None, None, True, None, False, None, None))
 RawFormat.__doc__ = """How raw text is written.
 
-columns: names of all columns in file order (None: the header has them); header: True, False, or None (there is one when
-the first line has the name of a column in it); separator (None: found by looking); quotes: whether cells may be quoted;
-label: name of the label column, or None; unlabelled: whether a file without header may lack that column.
+columns: names of all columns in file order (None: the header has them); header: True, False, or None (found by looking
+for their names in the first line); separator (None: found by looking); quotes: whether cells may be quoted; label: name
+of the label column, or None; unlabelled: whether a file without header may lack that column; likely: the separator that
+is tried first, or None; needed: names that a header must have (None: nothing is known of it).
 """
 
 
-def format_again(raw, unlabelled=False):
-    """RawFormat of new rows that look like those of a dataset; raw: the entry of that name in its dataset_info.json."""
+def format_again(raw, needed, unlabelled=False):
+    """RawFormat of new rows that look like those of a dataset.
+
+    raw: the entry of that name in its dataset_info.json; needed: raw columns of its fields.
+    """
     # rows without header are told from rows with one by the names; where there was none, or either may be, both
     # are right
     header = None if raw.get("header", True) in (False, None) else True
-    separator = raw.get("separator")  # one that is found by looking may be another one in the new files
-    separator = None if separator is None or separator in SEPARATORS else separator
-    return RawFormat(raw.get("columns"), header, separator, raw.get("quotes", True), raw.get("label"), unlabelled)
+    return RawFormat(raw.get("columns"), header, None, raw.get("quotes", True), raw.get("label"), unlabelled,
+                     raw.get("separator"), list(needed))
 
 
 # ------------------------------------------------------------------------------------------------------- finding files
@@ -141,26 +145,18 @@ class RawText:
             line = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line 1: {error.reason} at byte {error.start}; expected text in UTF-8") from None
-        self.separator = form.separator or find_separator(line)
+        self.separator = form.separator or find_separator(line, form)
         self._read_header(line, form)
         self.start = mark if not self.has_header else end or len(head)
 
     def _read_header(self, line, form):
         cells = split_line(line, self.separator, self.quotes)
-        self.has_header = form.header
-        if form.header is None:
-            names = {name.lower() for name in form.columns}
-            self.has_header = any(cell.strip().lower() in names for cell in cells)
-        if self.has_header:
-            self.columns = cells
-            twice = sorted({cell for cell in cells if cells.count(cell) > 1})
-            if twice:
-                raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them, or add a "
-                                "header where it has none")
-            return
-        self.columns = list(form.columns)
-        if form.unlabelled and len(cells) == len(self.columns) - 1 and form.label in self.columns:
-            self.columns.remove(form.label)
+        self.has_header = is_header(cells, form)
+        self.columns = cells if self.has_header else columns_of(cells, form)
+        twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if twice:
+            raise UserError(f"{self.path} has two columns called {twice[0]!r}; rename one of them"
+                            + (", or add a header where it has none" if self.has_header else ""))
 
     @contextmanager
     def open(self):
@@ -306,7 +302,7 @@ class RawText:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             return f"{error.reason} at byte {error.start}, expected text in UTF-8; write it again, say with iconv"
-        if self.quotes and text.count('"') % 2:
+        if self.quotes and has_open_quote(text, self.separator):
             return ("a quote that is not closed; values of several lines cannot be read: write them as parquet, or add "
                     "--no_quotes where quotes are plain characters")
         cells = split_line(text, self.separator, self.quotes)
@@ -320,10 +316,69 @@ class RawText:
                          f"{error.expected}")
 
 
-def find_separator(line):
-    """The separator that a line has most of; a comma when it has none."""
-    counts = [line.count(separator) for separator in SEPARATORS]
-    return SEPARATORS[counts.index(max(counts))] if any(counts) else ","
+def find_separator(line, form):
+    """The separator of a file with this first line.
+
+    The one that makes of it best what is known of a header or a row; of several, the likely one, or else the one that
+    the line has most of.
+    """
+    known = [form.likely] if form.likely else []
+    found = [mark for mark in [*known, *sorted(SEPARATORS, key=line.count, reverse=True)] if mark in line]
+    return max(found or known or [","], key=lambda mark: fit(split_line(line, mark, form.quotes), form))
+
+
+def fit(cells, form):
+    """How well the cells of a first line fit: 2 where a header has all needed names, or a row all columns and a label
+    where it has one; 1 for a row with another label; 0."""
+    if is_header(cells, form):
+        return 2 * has_needed(cells, form)
+    columns = columns_of(cells, form)
+    if len(cells) != len(columns):
+        return 0
+    return 2 if form.label not in columns or cells[columns.index(form.label)] in LABELS else 1
+
+
+def has_needed(cells, form):
+    """Whether the cells of a header, or of what may be one, have all names that it must have."""
+    if form.needed is not None:
+        return set(form.needed) <= set(cells)
+    return form.columns is None or set(form.columns) <= set(cells)
+
+
+def is_header(cells, form):
+    """Whether the first line of a file is a header.
+
+    Where nobody says so it is one that has all names that are needed, or some that no row would have: where they stand
+    in a header, or so many of them, or in a line that is no row. So a header that lacks a name is not taken for a row.
+    """
+    if form.header is not None or has_needed(cells, form):
+        return form.header is not False
+    cells = [cell.strip().lower() for cell in cells]
+    columns = [name.lower() for name in columns_of(cells, form)]
+    known = sum(cell in columns for cell in cells)
+    return known > 0 if len(cells) != len(columns) else 2 * known > len(cells) or any(map(str.__eq__, cells, columns))
+
+
+def columns_of(cells, form):
+    """Names of the columns of a file without header, of which these are cells of a line."""
+    columns = list(form.columns)
+    if form.unlabelled and len(cells) == len(columns) - 1 and form.label in columns:
+        columns.remove(form.label)
+    return columns
+
+
+def has_open_quote(text, separator):
+    """Whether a line has a cell that begins with a quote and does not end; other quotes are plain characters."""
+    place = 0
+    while True:
+        if text.startswith('"', place):
+            quoted = re.compile('"(?:[^"]|"")*"(?!")').match(text, place)
+            if quoted is None:
+                return True
+            place = quoted.end()
+        place = text.find(separator, place) + 1
+        if not place:
+            return False
 
 
 def split_line(text, separator, quotes):
@@ -336,6 +391,18 @@ def check_columns(path, columns, wanted):
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {shorten(columns)}")
+
+
+def kept_type(raws, column, option):
+    """pyarrow type of a column that is handed through: text of text files, its own of parquet.
+
+    Raises: UserError where the files have it in several types, as pandas writes whole numbers with and without gaps.
+    """
+    kinds = {str(kind): kind for kind in (pa.string() if raw.is_text else raw.types[column] for raw in raws)}
+    if len(kinds) > 1:
+        raise UserError(f"{option} {column}: the inputs have it as {' and '.join(sorted(kinds))}; give inputs of one "
+                        "type")
+    return kinds.popitem()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- parquet

@@ -5,12 +5,11 @@ As text: strings as they are, whole numbers in decimal digits, floats that are w
 and decimals as Arrow prints them. What is missing is the empty text.
 """
 
-import re
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+BLANKS = " \t"  # around a number, as Arrow's reader of CSV leaves them out
 WHOLE = 1 << 53  # floats below it hold every whole number
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), WHOLE  # of whole numbers that are not categories
 WHOLE_NUMBER = f"a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
@@ -103,7 +102,7 @@ def as_numbers(column):
 
 
 def _parse_numbers(column):
-    filled = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    filled = pc.ascii_trim(pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column), BLANKS)
     try:
         return pc.cast(filled, pa.float64()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
@@ -114,7 +113,7 @@ def _parse_numbers(column):
 def is_number(text):
     """Whether Arrow reads the text as a number."""
     try:
-        pa.scalar(text).cast(pa.float64())
+        pa.scalar(text.strip(BLANKS)).cast(pa.float64())
         return True
     except pa.ArrowInvalid:
         return False
@@ -142,10 +141,9 @@ def _not_whole(values, bad):
 
 
 def is_whole_number(text):
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
-        return False
-    value = float(text)
-    return value.is_integer() and MIN_INTEGER <= value <= MAX_INTEGER
+    """Whether whole_numbers reads the text, also as NaN, which is missing."""
+    value = float(text) if is_number(text) else np.inf
+    return value != value or value == np.floor(value) and MIN_INTEGER <= value <= MAX_INTEGER
 
 
 def number_problem(kind, text):
@@ -178,10 +176,16 @@ def as_labels(column):
     return values.astype(np.int8)
 
 
+def is_lists(kind):
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def as_lists(column, separator):
     """(text Array of all elements, lengths int64 (n)) of a column of lists, or of texts with a separator."""
     column = one_array(column)
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    if not is_lists(column.type):
         if separator is None:
             raise BadValue(0, f"a value of type {column.type}", "lists, or a --list_separator")
         column = pc.split_pattern(as_text(column), separator)

@@ -81,7 +81,7 @@ class OnnxModel:
 
     def open(self, path):
         """Raw files of an input, which have all columns of the model."""
-        form = format_again(self.described.get("raw", {}), unlabelled=True)
+        form = format_again(self.described.get("raw", {}), self.types(), unlabelled=True)
         raws = [open_raw(file, form) for file in list_files(path)]
         for raw in raws:
             raw.check_columns(list(self.types()))

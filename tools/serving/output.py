@@ -7,12 +7,27 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from tools.converter.raw import kept_type
 from tools.trainer.cli import UserError
 from tools.trainer.files import UNFINISHED
 
+PROBABILITY = "probability"  # name of the first column
+
+
+def kept_schema(raws, keep):
+    """pyarrow schema of the columns `keep` of raw files, which are written behind the probability. Raises: UserError"""
+    names = [PROBABILITY, *keep]
+    twice = [name for name in keep if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--keep_columns: the output would have two columns {twice[0]}; name each column once, none of "
+                        f"them {PROBABILITY}")
+    for raw in raws:
+        raw.check_columns(keep)
+    return pa.schema([(name, kept_type(raws, name, "--keep_columns")) for name in keep])
+
 
 def prediction_schema(kept):
-    return pa.schema([pa.field("probability", pa.float32()), *kept])
+    return pa.schema([pa.field(PROBABILITY, pa.float32()), *kept])
 
 
 def rows_table(schema, probs, kept):

@@ -17,10 +17,11 @@ from tools.converter.info import check_growth, row_map
 from tools.converter.raw import RawFormat, list_files, open_raw
 from tools.converter.rows import RowMaker
 from tools.converter.splits import ByFile
+from tools.serving.output import kept_schema
 from tools.trainer import checkpoints
 from tools.trainer.checkpoints import ENCODER, find_folder
 from tools.trainer.cli import UserError, shorten
-from tools.trainer.dataset_info import INFO, ROWS_INFO, check_file, read_info
+from tools.trainer.dataset_info import INFO, ROWS_INFO, SPLITS, check_file, read_info
 from tools.trainer.places import as_place
 
 ANY_TEXT = RawFormat(None, True)  # enough to tell text from parquet
@@ -72,7 +73,8 @@ def find_info(path):
     """(folder, name) of the dataset_info.json of the dataset that shards of ids belong to, or None."""
     path = as_place(path).absolute()
     folder = path if path.is_dir() else path.parent
-    there = ((folder, ROWS_INFO), (folder, INFO), (folder.parent, INFO))
+    there = [(folder, ROWS_INFO), (folder, INFO)]
+    there += [(folder.parent, INFO)] if folder.name in SPLITS else []  # another folder there may hold anything
     return next(((folder, name) for folder, name in there if (folder / name).exists()), None)
 
 
@@ -100,8 +102,8 @@ def holds_ids(raw, model):
 def ids_of(batch, model):
     """int64 (n, C) of a RecordBatch; what is missing is -1."""
     columns = [batch.column(name) for name in model.columns]
-    return np.stack([(column.fill_null(-1) if column.null_count else column).to_numpy().astype(np.int64)
-                     for column in columns], axis=1)
+    columns = [column.cast(pa.int64(), safe=False) for column in columns]  # what is beyond is negative then
+    return np.stack([(column.fill_null(-1) if column.null_count else column).to_numpy() for column in columns], axis=1)
 
 
 def outside(ids, model):
@@ -115,11 +117,11 @@ class IdRows:
     def __init__(self, raws, info, encoder, model, keep, unknown):
         self.raws, self.encoder, self.model, self.keep, self.unknown = raws, encoder, model, list(keep), unknown
         for raw in raws:
-            raw.check_columns([*model.columns, *keep])
+            raw.check_columns(model.columns)
             wrong = [name for name in model.columns if not kinds.is_integer(raw.types[name])]
             if wrong:
                 raise UserError(f"column {wrong[0]} of {raw.path} is of type {raw.types[wrong[0]]}, expected integers")
-        self.kept = pa.schema([pa.field(name, raws[0].types[name]) for name in keep])
+        self.kept = kept_schema(raws, keep)
         self.places = self.old_ids(info)
 
     def old_ids(self, info):
@@ -189,9 +191,8 @@ class RawRows:
         self.raws, self.encoder, self.keep, self.unknown = raws, encoder, list(keep), unknown
         self.maker = RowMaker(encoder.fields, None, {name: name for name in keep}, ByFile(), counting=False)
         for raw in raws:
-            raw.check_columns([*encoder.raw_columns, *keep])
-        types = {name: pa.string() if raws[0].is_text else raws[0].types[name] for name in keep}
-        self.kept = pa.schema([pa.field(name, kind) for name, kind in types.items()])
+            raw.check_columns(list(encoder.raw_columns))
+        self.kept = kept_schema(raws, keep)
         self.unknown_counts = np.zeros(len(encoder.fields), np.int64)
         self.offsets = np.array([encoder.offsets[field.name] for field in encoder.fields for _ in field.columns])
 

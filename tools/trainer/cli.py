@@ -132,28 +132,23 @@ def float_list(length, low, high):
     return convert_all
 
 
-def split_names(text):
-    """'a,b' -> ['a', 'b'], as a line of CSV: a name with a comma stands in double quotes, '"a,b",c'."""
+def name_list(text):
+    """An argparse type: 'a,b' -> ['a', 'b'], as a line of CSV: a name with a comma stands in quotes, '"a,b",c'.
+
+    A column may have no name, as the index that pandas writes: '""', or nothing.
+    """
     try:
-        return next(csv.reader([text], strict=True), [""])
+        return next(csv.reader([text], strict=True)) or [""]
     except csv.Error:  # quotes that are part of a name
         return text.split(",")
 
 
 def join_names(names):
-    """The text of which split_names makes the names."""
+    """The text of which name_list makes the names."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(names)
     plain = ",".join(names)
-    return plain if split_names(plain) == list(names) else text.getvalue()
-
-
-def name_list(text):
-    """An argparse type: 'a,b' -> ['a', 'b']"""
-    names = split_names(text)
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{brief(text)!r} is not a comma-separated list of names")
-    return names
+    return plain if plain and name_list(plain) == list(names) else text.getvalue()
 
 
 def boolean(text):
@@ -206,7 +201,7 @@ def brief(value, length=60):
 
 def shorten(names):
     """'I1, I2, I3, ..., C25, C26 (39)'"""
-    names = [str(name) for name in names]
+    names = [str(name) or '""' for name in names]
     return ", ".join(names if len(names) <= 6 else names[:3] + ["..."] + names[-2:]) + f" ({len(names)})"
 
 

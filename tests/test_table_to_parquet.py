@@ -858,7 +858,7 @@ def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     ([], "--label is required"), (["--label", "y", "--val_input", "x"], "--val_input and --test_input go together"),
     (["--label", "y", "--split_by", "t"], "--split_by, --val_from and --test_from go together"),
     (["--label", "y", "--val_share", "0.6", "--test_share", "0.4"], "leave nothing for train"),
-    (["--label", ""], "argument --label: '', expected some text"),
+    (["--label", ""], "--label is empty; give a value"),
     (["--label", "y", "--min_count", "a=x"], "'x' is not a whole number"),
     (["--label", "y", "--separator", "ab"], "'ab', "), (["--label", "y", "--list_separator", ""], "'', expected some"),
 ])

@@ -100,7 +100,7 @@ def make_parser():
                                                                "nothing")
     group.add_argument("--base", help="dataset to grow: its fields and ids are kept, and new tokens appended")
     group = parser.add_argument_group("columns")
-    group.add_argument("--label", type=some_text, help="column with the label, 0 or 1")
+    group.add_argument("--label", help="column with the label, 0 or 1")
     group.add_argument("--categorical", **columns, help="columns whose values are looked up")
     group.add_argument("--numeric", **columns, help="columns of numbers, which are put into buckets")
     group.add_argument("--list", **columns, help="columns with several values a row")
@@ -114,25 +114,18 @@ def make_parser():
                        help="bins of equally many rows for numeric columns; default: logarithmic buckets")
     group.add_argument("--list_length", type=per_field(number(int, 1, 1000)), action=Merge, metavar="N or COLUMN=N",
                        help="values of a list that are used; default: 5")
-    group.add_argument("--list_separator", type=some_text, help="between the values of a list in text; default: |")
+    group.add_argument("--list_separator", help="between the values of a list in text; default: |")
     group = parser.add_argument_group("splits")
     share = number(float, 0, 1, open_low=True)
     group.add_argument("--val_share", type=share, default=0.1, help="share of the rows (or groups) for val")
     group.add_argument("--test_share", type=share, default=0.1, help="share of the rows (or groups) for test")
-    group.add_argument("--split_by", type=some_text, metavar="COLUMN",
-                       help="column with the time of a row: a number, or a date as text")
+    group.add_argument("--split_by", metavar="COLUMN", help="column with the time of a row: a number, or a date as "
+                                                            "text")
     group.add_argument("--val_from", help="first time of val")
     group.add_argument("--test_from", help="first time of test")
-    group.add_argument("--split_by_group", type=some_text, metavar="COLUMN",
-                       help="column whose values are not to be in two splits")
+    group.add_argument("--split_by_group", metavar="COLUMN", help="column whose values are not to be in two splits")
     convert.add_common_options(parser.add_argument_group("output"))
     return parser
-
-
-def some_text(text):
-    if not text:
-        raise argparse.ArgumentTypeError("'', expected some text")
-    return text
 
 
 def separator(text):

@@ -860,7 +860,8 @@ def test_columns_that_do_not_fit_the_table(tmp_path, capsys, options, message):
     (["--label", "y", "--val_share", "0.6", "--test_share", "0.4"], "leave nothing for train"),
     (["--label", ""], "--label is empty; give a value"),
     (["--label", "y", "--min_count", "a=x"], "'x' is not a whole number"),
-    (["--label", "y", "--separator", "ab"], "'ab', "), (["--label", "y", "--list_separator", ""], "--list_separator is empty"),
+    (["--label", "y", "--separator", "ab"], "'ab', "),
+    (["--label", "y", "--list_separator", ""], "--list_separator is empty"),
 ])
 def test_options_that_do_not_fit_together(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:

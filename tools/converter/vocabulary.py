@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tools.converter.spool import shuffle_keys
+from tools.converter.values import BOOLEANS, Spelling, time_digits
 from tools.trainer.cli import UserError, first_line
 from tools.trainer.places import arrow_file
 
@@ -97,13 +98,23 @@ class Vocabulary:
 
     def __init__(self, keys, texts, counts):
         self.keys, self.texts, self.counts = keys, texts, np.asarray(counts, np.int64)
-        self._index = None
+        self._index = self._spelling = None
 
     def __len__(self):
         return len(self.keys)
 
     def __getstate__(self):
-        return {"keys": self.keys, "texts": self.texts, "counts": self.counts, "_index": None}
+        return {"keys": self.keys, "texts": self.texts, "counts": self.counts, "_index": None, "_spelling": None}
+
+    @property
+    def spelling(self):
+        """How it writes booleans and times: a Spelling. Its tokens are texts."""
+        if self._spelling is None:
+            known = [int((self.positions(string_keys(pa.array(words))[0]) >= 0).sum()) for words in BOOLEANS]
+            number = next((i for i, count in enumerate(known) if count), 0)
+            only_words = 0 < known[number] == len(self)
+            self._spelling = Spelling(BOOLEANS[number], only_words, time_digits(self.texts))
+        return self._spelling
 
     def positions(self, tokens):
         """Place of each token in the vocabulary, -1 where it is unknown: int64 (n)."""

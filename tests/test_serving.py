@@ -241,7 +241,8 @@ def test_output_files(day, tmp_path, fails):
     bad.write_text((day / "new.csv").read_text(encoding="utf-8") + "1,u1,3,dear,20,pop,r\n", encoding="utf-8")
     options[3] = bad
     assert "bad.csv, line 452: price is 'dear', expected a number" in fails(*options, "--overwrite")
-    assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("out.parquet.part") == 0
+    assert target.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "bad.csv", "out.parquet"]
     assert predict(day, day / "new.csv", target, "--overwrite").num_rows == 450
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
     assert "has bytes that are not UTF-8" in fails(*options[:3], day / "new.csv", "--predict_output", strange)

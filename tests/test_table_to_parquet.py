@@ -28,6 +28,7 @@ from tools.converter.encoders import Encoder
 from tools.converter.info import check_growth, row_map
 from tools.trainer.cli import UserError
 from tools.trainer.dataset import read_dataset
+from tools.trainer.dataset_info import is_readable
 
 SPLITS = ("train", "val", "test")
 NAMES = ["user_id", "item", "title", "price", "stock", "tags", "device", "clicked", "request"]
@@ -522,14 +523,18 @@ def test_empty_split_and_missing_time(timed, tmp_path, capsys):
 
 def test_names_that_petastorm_cannot_read(tmp_path, capsys):
     cells = {"user-id": ["a", "b"] * 50, "2nd": ["c", "d"] * 50, "class": ["e"] * 100, "Label": ["f"] * 100,
-             "价格": ["1"] * 100, "y": ["0", "1"] * 50}  # fmt: skip
+             "价格": ["1"] * 100, "y": ["0", "1"] * 50, "area m²": ["g"] * 100, "te\u0301le": ["h"] * 100,
+             "½": ["i"] * 100, "µ": ["j"] * 100, "²\u0301": ["k"] * 100}  # fmt: skip
     write_csv(tmp_path / "t.csv", cells)
-    options = ["--input", tmp_path / "t.csv", "--label", "y", "--categorical", "user-id,2nd,class,Label",
+    options = ["--input", tmp_path / "t.csv", "--label", "y",
+               "--categorical", "user-id,2nd,class,Label,area m²,te\u0301le,½,µ,²\u0301",
                "--numeric", "价格"]
     assert run(tmp_path / "d", *options, "--keep", "2nd") == 0
     assert "note: column 'user-id' is called user_id in the dataset" in capsys.readouterr().out
-    names = ["Label", "user_id", "c2nd", "class_", "Label_", "价格", "raw_c2nd"]
-    assert pq.read_table(tmp_path / "d" / "val").column_names == names
+    names = ["Label", "user_id", "c2nd", "class_", "Label_", "价格", "area_m2", "t\u00e9le", "c1_2", "μ", "c2\u0301",
+             "raw_c2nd"]
+    assert pq.read_table(tmp_path / "d" / "val").column_names == names and all(map(is_readable, names))
+    assert inspect_dataset.main([str(tmp_path / "d")]) == 0
     assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "new") == 0
     assert_ids(pq.read_table(tmp_path / "new"), plain_ids(tmp_path / "d", cells))
     write_csv(tmp_path / "t.csv", {"user id": ["a"] * 100, **cells})

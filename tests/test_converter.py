@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +138,22 @@ def test_shuffle_looks_random(tmp_path):
 
 def test_spool_without_seed_keeps_the_order(tmp_path):
     assert (spooled(tmp_path / "1", 10_000, seed=None)[1] == ROWS).all()
+
+
+def test_more_buckets_than_files_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        schema = pa.schema([("text", pa.string())])
+        spool = RowSpool(tmp_path / "s", np.int64, 400, 100, 3, schema, 20)
+        assert spool.num_buckets > 100
+        for start in (0, 150):
+            numbers = np.arange(start, start + 200)
+            spool.append(numbers, pa.table({"text": pa.array(numbers).cast(pa.string())}))
+        read = [(rows, carried["text"].to_pylist()) for rows, carried in spool.read()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(list(map(str, rows)) == texts for rows, texts in read) and sum(len(rows) for rows, _ in read) == 400
 
 
 def test_carried_columns_travel_with_their_rows(tmp_path):

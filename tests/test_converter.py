@@ -258,6 +258,22 @@ def test_two_runs_to_one_output(tmp_path):
     assert os.listdir(output) == ["x"] and os.listdir(tmp_path) == ["data"]
 
 
+def test_a_run_that_begins_is_no_leftover(tmp_path, monkeypatch):
+    """Another run looks for leftovers when the mark is there and not yet locked."""
+    looked, locked = [], publish._locked
+
+    def look_first(file):
+        if not looked:
+            looked.append(file.name)
+            publish._remove_leftovers(tmp_path, "x-")
+        return locked(file)
+
+    monkeypatch.setattr(publish, "_locked", look_first)
+    with publish.marked_folder("--output_dir", tmp_path, tmp_path, "x-") as folder:
+        publish._remove_leftovers(tmp_path, "x-")
+        assert looked and os.listdir(folder) == [publish.MARK]
+
+
 def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path, capsys):
     output, scratch = tmp_path / "data", tmp_path / "scratch"
     for name in (".data.partial-dead", ".data.partial-mine", "scratch/parquet-scratch-dead",

@@ -208,8 +208,9 @@ def marked_folder(option, value, parent, prefix):
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         folder.chmod(0o777 & ~umask())  # mkdtemp makes it private
-        with open(folder / MARK, "w") as mark:
+        with open(folder / f".{MARK}", "w") as mark:
             _locked(mark)
+            os.rename(mark.name, folder / MARK)  # now it is locked, so that no other run takes it for a leftover
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -130,6 +130,20 @@ def _times_as_text(column):
     return pc.binary_join_element_wise(pc.cast(local, pa.string()), zone.replace(":", ""), "")
 
 
+def as_time(text, kind):
+    """Scalar of a type of dates or times; a text without a zone means that of the type. Raises: pa.ArrowException"""
+    zone = getattr(kind, "tz", None)
+    try:
+        return pa.scalar(text).cast(kind)
+    except pa.ArrowInvalid:
+        if zone is None:
+            raise
+    naive, offset = pa.scalar(text).cast(pa.timestamp(kind.unit)), fixed_offset(zone)
+    if offset is None:
+        return pc.assume_timezone(naive, zone)
+    return pc.subtract(naive, pa.scalar(offset, pa.duration("s")).cast(pa.duration(kind.unit))).cast(kind)
+
+
 def _same_digits(texts, own, digits):
     """Times as texts, whose unit has `own` digits behind the seconds, with those of a vocabulary (see Spelling).
 

@@ -80,6 +80,8 @@ def describe(name, column, is_text):
     common = (len(values), missing, examples)
     if not len(present):
         return Column(name, "empty", *common, "drop", "no values")
+    if pa.types.is_duration(column.type):
+        return Column(name, "durations", *common, "drop", "or write it as a number, of seconds say")
     numbers = numbers_of(column if not is_text else present)
     looks = "text" if numbers is None else "whole numbers" if (numbers == np.floor(numbers)).all() else "numbers"
     if pa.types.is_temporal(column.type) or looks == "text" and all(TIME_TEXT.fullmatch(text) for text in examples):

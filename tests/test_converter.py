@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -139,6 +140,22 @@ def test_spool_without_seed_keeps_the_order(tmp_path):
     assert (spooled(tmp_path / "1", 10_000, seed=None)[1] == ROWS).all()
 
 
+def test_more_buckets_than_files_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        schema = pa.schema([("text", pa.string())])
+        spool = RowSpool(tmp_path / "s", np.int64, 400, 100, 3, schema, 20)
+        assert spool.num_buckets > 100
+        for start in (0, 150):
+            numbers = np.arange(start, start + 200)
+            spool.append(numbers, pa.table({"text": pa.array(numbers).cast(pa.string())}))
+        read = [(rows, carried["text"].to_pylist()) for rows, carried in spool.read()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(list(map(str, rows)) == texts for rows, texts in read) and sum(len(rows) for rows, _ in read) == 400
+
+
 def test_carried_columns_travel_with_their_rows(tmp_path):
     for number, seed in enumerate((None, 3)):
         schema = pa.schema([("text", pa.string())])
@@ -239,6 +256,22 @@ def test_two_runs_to_one_output(tmp_path):
             pass
         (folder / "x").write_text("")
     assert os.listdir(output) == ["x"] and os.listdir(tmp_path) == ["data"]
+
+
+def test_a_run_that_begins_is_no_leftover(tmp_path, monkeypatch):
+    """Another run looks for leftovers when the mark is there and not yet locked."""
+    looked, locked = [], publish._locked
+
+    def look_first(file):
+        if not looked:
+            looked.append(file.name)
+            publish._remove_leftovers(tmp_path, "x-")
+        return locked(file)
+
+    monkeypatch.setattr(publish, "_locked", look_first)
+    with publish.marked_folder("--output_dir", tmp_path, tmp_path, "x-") as folder:
+        publish._remove_leftovers(tmp_path, "x-")
+        assert looked and os.listdir(folder) == [publish.MARK]
 
 
 def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path, capsys):

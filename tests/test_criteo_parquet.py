@@ -251,7 +251,7 @@ def test_folds_of_old_scikit_learn(rows, share):
     assert (stratified_folds(labels, "sklearn-0.19") == expected).all()
 
 
-@pytest.mark.parametrize("style", ["kaggle", "gz", "csv in disguise"])
+@pytest.mark.parametrize("style", ["kaggle", "gz", "csv in disguise", "words", "Words", "floats"])
 def test_train_txt_is_split_by_folds(tmp_path, monkeypatch, style):
     monkeypatch.setattr(raw_files, "BLOCK_BYTES", 20_000)
     frame = random_frame(1003, 5)
@@ -262,8 +262,12 @@ def test_train_txt_is_split_by_folds(tmp_path, monkeypatch, style):
         (raw / "test.txt").write_bytes(b"\n".join(to_text(frame, "\t", header=False).split(b"\t")[1:41]))  # no labels
     elif style == "gz":
         (raw / "train.txt.gz").write_bytes(gzip.compress(to_text(frame, "\t", header=False, last_end=False)))
-    else:
+    elif style == "csv in disguise":
         (raw / "train.txt").write_bytes(to_text(frame, end="\r\n"))
+    else:
+        words = {"words": ("false", "true"), "Words": ("False", "True"), "floats": ("0.0", "1.0")}[style]
+        labels = [words[int(label)] for label in frame["Label"]]
+        (raw / "train.txt").write_bytes(to_text(frame.assign(Label=labels), "\t", header=False))
     assert run(raw, tmp_path / "out", "--min_categr_count", 3) == 0
     splitter = StratifiedKFold(10, shuffle=True, random_state=2018)
     folds = [members for _, members in splitter.split(frame, frame["Label"].astype(int))]

@@ -12,6 +12,9 @@ import pytest
 import table_to_parquet
 from conftest import TABLE_SIZES, make_dataset
 
+from tools.trainer.cli import UserError
+from tools.trainer.dataset import read_dataset
+
 OFFSETS = [0, 7, 18]
 FILE = "part-00000.parquet"
 
@@ -159,13 +162,16 @@ def test_faults_in_the_description(dataset_dir, capsys, change, message):
     assert any(message in line for line in errors), errors
 
 
-def test_names_that_the_trainer_cannot_read(dataset_dir, capsys):
+@pytest.mark.parametrize("name", ["f-1", "te\u0301le", "µ", "m²"])
+def test_names_that_the_trainer_cannot_read(dataset_dir, capsys, name):
     for split in ("train", "val", "test"):
-        edit_split(dataset_dir, split, lambda frame: frame.rename(columns={"f1": "f-1"}))
-    edit_info(dataset_dir, lambda info: info["fields"][1].update(name="f-1"))
+        edit_split(dataset_dir, split, lambda frame: frame.rename(columns={"f1": name}))
+    edit_info(dataset_dir, lambda info: info["fields"][1].update(name=name))
     status, _, errors = run(capsys, dataset_dir)
     assert status == 1
-    assert errors == ["error: the trainer's reader, petastorm, cannot read the columns f-1 (1); rename them"]
+    assert errors == [f"error: the trainer's reader, petastorm, cannot read the columns {name} (1); rename them"]
+    with pytest.raises(UserError, match="petastorm cannot read the columns"):
+        read_dataset(str(dataset_dir))
 
 
 def test_files_of_a_split_with_columns_in_another_order(dataset_dir, capsys):

@@ -241,7 +241,8 @@ def test_output_files(day, tmp_path, fails):
     bad.write_text((day / "new.csv").read_text(encoding="utf-8") + "1,u1,3,dear,20,pop,r\n", encoding="utf-8")
     options[3] = bad
     assert "bad.csv, line 452: price is 'dear', expected a number" in fails(*options, "--overwrite")
-    assert target.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("out.parquet.part") == 0
+    assert target.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "bad.csv", "out.parquet"]
     assert predict(day, day / "new.csv", target, "--overwrite").num_rows == 450
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
     assert "has bytes that are not UTF-8" in fails(*options[:3], day / "new.csv", "--predict_output", strange)
@@ -683,32 +684,34 @@ def test_rare_values_score_alike_as_onnx(odd, tmp_path):
 def test_text_without_header_and_fields_without_tokens(tmp_path, bins):
     """Separators that are not found by looking; the vocabulary of `rare` is empty, `same` has no borders.
 
-    Also where all numbers are of one kind.
+    Also where all numbers are of one kind, and where texts become booleans and dates in a data frame.
     """
     if not has_onnx():
         pytest.skip("onnx and onnxruntime are not installed")
     import score_onnx
 
     rng = np.random.default_rng(0)
-    rows = [["01"[rng.random() < 0.2 + 0.1 * (i % 5)], f"u{i % 5}", f"r{i}", "7", i % 3 - 1] for i in range(600)]
-    names = ["clicked", "user", "rare", "same", "number"]
+    rows = [["01"[rng.random() < 0.2 + 0.1 * (i % 5)], f"u{i % 5}", f"r{i}", "7", i % 3 - 1, i % 2 == 0,
+             f"2024-01-0{1 + i % 7}"] for i in range(600)]
+    names = ["clicked", "user", "rare", "same", "number", "flag", "day"]
     for name, cells in (("labelled", rows), ("unlabelled", [row[1:] for row in rows])):
         (tmp_path / f"{name}.txt").write_text("".join(":".join(map(str, row)) + "\n" for row in cells))
     data = ["--output_dir", str(tmp_path / "data"), "--label", "clicked", "--columns", ",".join(names), "--separator",
-            ":", "--categorical", "user,rare", "--numeric", "same,number", *bins]
+            ":", "--categorical", "user,rare,flag,day", "--numeric", "same,number", *bins]
     assert table_to_parquet.main(["--input", str(tmp_path / "labelled.txt"), *data]) == 0
     train(tmp_path / "data", tmp_path)
-    path, frame = export(tmp_path), pd.DataFrame(rows, columns=names)
+    path, frame = export(tmp_path), pd.DataFrame(rows, columns=names).astype({"day": "datetime64[ns]"})
+    frame.to_parquet(tmp_path / "frame.pq")
     expected = trainer_module.load(best(tmp_path), "cpu").predict(frame)
     assert expected.std() > 0.01
-    for name in ("labelled", "unlabelled"):
-        file, output = tmp_path / f"{name}.txt", tmp_path / f"{name}.parquet"
+    for name in ("labelled.txt", "unlabelled.txt", "frame.pq"):
+        file, output = tmp_path / name, tmp_path / f"{name}.parquet"
         assert score_onnx.main([path, str(file), "--output", str(output)]) == 0
         scores = [pq.read_table(output)["probability"].to_numpy()]
         scores.append(predict(tmp_path, file, tmp_path / f"{name}.csv")["probability"].to_numpy())
         assert encode_rows.main(["--dataset", str(tmp_path / "data"), "--input", str(file), "--output_dir",
-                                 str(tmp_path / name)]) == 0
-        scores.append(predict(tmp_path, tmp_path / name, tmp_path / f"{name}2.csv")["probability"].to_numpy())
+                                 str(tmp_path / f"{name}.d")]) == 0
+        scores.append(predict(tmp_path, tmp_path / f"{name}.d", tmp_path / f"{name}2.csv")["probability"].to_numpy())
         assert np.abs(np.array(scores) - expected).max() < 1e-6, name
     assert table_to_parquet.main(["--base", str(tmp_path / "data"), "--input", str(tmp_path / "labelled.txt"),
                                   "--output_dir", str(tmp_path / "grown")]) == 0

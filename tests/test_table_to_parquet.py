@@ -22,12 +22,13 @@ import pytest
 import table_to_parquet
 from conftest import HAS_SPARK, needs_spark
 
-from tools.converter import convert, encoders, rows, vocabulary
+from tools.converter import convert, describe, encoders, rows, vocabulary
 from tools.converter import raw as raw_files
 from tools.converter.encoders import Encoder
 from tools.converter.info import check_growth, row_map
 from tools.trainer.cli import UserError
 from tools.trainer.dataset import read_dataset
+from tools.trainer.dataset_info import is_readable
 
 SPLITS = ("train", "val", "test")
 NAMES = ["user_id", "item", "title", "price", "stock", "tags", "device", "clicked", "request"]
@@ -498,12 +499,34 @@ COMMON = ["--label", "y", "--categorical", "user", "--keep", "user,ts,date,text"
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 @pytest.mark.parametrize("column, val_from, test_from", [
     ("ts", "1500", "1800"), ("text", "2024-03-03 12:00:00", "2024-03-16"),
-    ("date", "2024-03-03 12:00:00", "2024-03-16")])
+    ("date", "2024-03-03 12:00:00", "2024-03-16"), ("date UTC", "2024-03-03 12:00:00", "2024-03-16T00:00:00Z"),
+    ("date +02:00", "2024-03-03 14:00:00", "2024-03-16T00:00:00Z"),
+    ("date America/Lima", "2024-03-03 07:00:00", "2024-03-15 19:00:00"), ("day", "2024-03-04", "2024-03-16")])
 def test_split_by_time(timed, tmp_path, ending, column, val_from, test_from):
-    assert run(tmp_path / "d", "--input", tmp_path / f"t.{ending}", *COMMON, "--split_by", column,
+    name, _, zone = column.partition(" ")
+    if zone or name == "day":
+        if ending == "csv":
+            pytest.skip("text has no such types")
+        rows = pq.read_table(tmp_path / "t.parquet")
+        kind = pa.timestamp("us", zone) if zone else pa.date32()
+        dates = rows["date"].cast(pa.timestamp("us")).cast(kind, safe=False)
+        pq.write_table(rows.append_column("when", dates), tmp_path / "t.parquet")
+        name = "when"
+    assert run(tmp_path / "d", "--input", tmp_path / f"t.{ending}", *COMMON, "--split_by", name,
                "--val_from", val_from, "--test_from", test_from) == 0
     found = {int(ts): split for ts, split in split_of(tmp_path / "d", "ts").items()}
-    assert found == {ts: "train" if ts < 1500 else "val" if ts < 1800 else "test" for ts in range(2000)}
+    first = 1512 if column == "day" else 1500
+    assert found == {ts: "train" if ts < first else "val" if ts < 1800 else "test" for ts in range(2000)}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("column, bounds", [("ts", ("900", "1000.5")), ("text", ("2024-03-03", "2024-03-16")),
+                                            ("date", ("2024-03-03", "2024-03-03 01:00:00"))])
+def test_bounds_in_the_wrong_order(timed, tmp_path, capsys, ending, column, bounds):
+    for val_from, test_from in ((bounds[1], bounds[0]), (bounds[0], bounds[0])):
+        assert run(tmp_path / "d", "--input", tmp_path / f"t.{ending}", *COMMON, "--split_by", column,
+                   "--val_from", val_from, "--test_from", test_from) == 1
+        assert f"--val_from {val_from} is not before --test_from {test_from}" in one_error(capsys)
 
 
 def test_split_by_group_and_by_chance(timed, tmp_path):
@@ -537,6 +560,10 @@ def test_empty_split_and_missing_time(timed, tmp_path, capsys):
     timed.to_parquet(tmp_path / "t.parquet")
     assert run(tmp_path / "d", "--input", tmp_path / "t.parquet", *COMMON, *by_time) == 1
     assert "t.parquet, row 7 (counted from 0): ts is missing, expected a time" in one_error(capsys)
+    timed.assign(ts=pd.to_timedelta(timed["ts"], unit="h")).to_parquet(tmp_path / "t.parquet")
+    assert run(tmp_path / "d", "--input", tmp_path / "t.parquet", *COMMON, *by_time) == 1
+    assert "ts is a value of type duration[ns], expected one that compares with 100 and 5000: a date, a number or a " \
+           "text" in one_error(capsys)
     assert not (tmp_path / "d").exists()
 
 
@@ -545,14 +572,18 @@ def test_empty_split_and_missing_time(timed, tmp_path, capsys):
 
 def test_names_that_petastorm_cannot_read(tmp_path, capsys):
     cells = {"user-id": ["a", "b"] * 50, "2nd": ["c", "d"] * 50, "class": ["e"] * 100, "Label": ["f"] * 100,
-             "价格": ["1"] * 100, "y": ["0", "1"] * 50}  # fmt: skip
+             "价格": ["1"] * 100, "y": ["0", "1"] * 50, "area m²": ["g"] * 100, "te\u0301le": ["h"] * 100,
+             "½": ["i"] * 100, "µ": ["j"] * 100, "²\u0301": ["k"] * 100}  # fmt: skip
     write_csv(tmp_path / "t.csv", cells)
-    options = ["--input", tmp_path / "t.csv", "--label", "y", "--categorical", "user-id,2nd,class,Label",
+    options = ["--input", tmp_path / "t.csv", "--label", "y",
+               "--categorical", "user-id,2nd,class,Label,area m²,te\u0301le,½,µ,²\u0301",
                "--numeric", "价格"]
     assert run(tmp_path / "d", *options, "--keep", "2nd") == 0
     assert "note: column 'user-id' is called user_id in the dataset" in capsys.readouterr().out
-    names = ["Label", "user_id", "c2nd", "class_", "Label_", "价格", "raw_c2nd"]
-    assert pq.read_table(tmp_path / "d" / "val").column_names == names
+    names = ["Label", "user_id", "c2nd", "class_", "Label_", "价格", "area_m2", "t\u00e9le", "c1_2", "μ", "c2\u0301",
+             "raw_c2nd"]
+    assert pq.read_table(tmp_path / "d" / "val").column_names == names and all(map(is_readable, names))
+    assert inspect_dataset.main([str(tmp_path / "d")]) == 0
     assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "new") == 0
     assert_ids(pq.read_table(tmp_path / "new"), plain_ids(tmp_path / "d", cells))
     write_csv(tmp_path / "t.csv", {"user id": ["a"] * 100, **cells})
@@ -613,6 +644,36 @@ def test_the_index_that_pandas_writes(tmp_path, capsys, drop, status):
         return
     assert encode(tmp_path / "d", tmp_path / "t.csv", tmp_path / "new", "--keep", "") == 0
     assert pq.read_table(tmp_path / "new")["column"].to_pylist() == list(map(str, range(120)))
+
+
+def test_describe_looks_at_everything(tmp_path, capsys):
+    """Types that are no features, times of any zone, files without rows, lists with several separators."""
+    count = 40
+    table = pa.table({"y": [0, 1] * 20, "structs": [[{"a": 1}]] * count, "deep": [[[1]]] * count,
+                      "flags": [[True, False]] * count,
+                      "long": pa.array(np.arange(count), pa.duration("s")),
+                      "when": pa.array(np.arange(count), pa.timestamp("ns", "+02:00")),
+                      **{name: [f"t{i % 4}{separator}t{i % 5}" for i in range(count)]
+                         for name, separator in (("a", "|"), ("b", ";"), ("c", "|"))}})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.parquet"), "--describe"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("structs  list<", "deep     list<", "when     times", "or write its lists with '|' for ';': --list",
+                 "--list flags,a,c", "--drop structs,deep,long,when,b", "--list_separator '|'"):
+        assert text in shown
+    pq.write_table(table.slice(0, 0), tmp_path / "t.parquet")
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.parquet"), "--describe"]) == 1
+    assert "t.parquet has no rows" in one_error(capsys)
+    (tmp_path / "t.csv").write_text("a,b\n")
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--describe"]) == 1
+    assert "t.csv has a header but no rows" in one_error(capsys)
+
+
+def test_names_with_colons_are_hashed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(describe, "MANY_TOKENS", 100)
+    write_csv(tmp_path / "t.csv", {"ns: user": [f"u{i * 2 // 3}" for i in range(200)], "y": ["0", "1"] * 100})
+    assert table_to_parquet.main(["--input", str(tmp_path / "t.csv"), "--describe"]) == 0
+    assert "--hash 'ns: user=512'" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------ text and files

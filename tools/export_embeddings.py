@@ -22,9 +22,6 @@ if __name__ == "__main__":
 from tools.trainer.startup import flow  # noqa: F401 - before SciPy and its users
 
 # isort: split
-import os
-from contextlib import suppress
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +30,7 @@ from tools.serving.output import check_output
 from tools.serving.rows import load_encoder
 from tools.serving.weights import read_weights
 from tools.trainer.cli import UserError, name_list, shorten
+from tools.trainer.files import replaced_file
 
 WRITE_ROWS = 1 << 17
 
@@ -67,10 +65,8 @@ def export(args):
     if strange:
         raise UserError(f"--fields {strange[0]} is not a field of the model; its fields are {shorten(model['fields'])}")
     fields = {field.name: field for field in encoder.fields} if encoder else {}
-    ends, part, count = np.cumsum([0, *model["table_sizes"]]).tolist(), args.output + ".part", 0
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    writer = None
-    try:
+    ends, writer, count = np.cumsum([0, *model["table_sizes"]]).tolist(), None, 0
+    with replaced_file(args.output) as part:
         for place, name in enumerate(model["fields"]):
             if name in wanted:
                 rows = slice(ends[place], ends[place + 1])
@@ -80,10 +76,6 @@ def export(args):
                 writer.write_table(table, WRITE_ROWS)
                 count += len(table)
         writer.close()
-        os.replace(part, args.output)
-    finally:
-        with suppress(OSError):
-            os.remove(part)
     print(f"wrote {args.output}: {count} ids of {len(wanted)} fields, vectors of {model['embedding_vec_size']}")
 
 

@@ -47,10 +47,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from tools.converter.encoders import Encoder
-from tools.converter.names import is_readable
 from tools.trainer.cli import UserError, first_line, int_list, one_line, shorten
 from tools.trainer.dataset import columns_of_fields, read_dataset_info
-from tools.trainer.dataset_info import LABEL, SPLITS, check_file, parquet_files, read_info, refuse_rows
+from tools.trainer.dataset_info import LABEL, SPLITS, check_file, is_readable, parquet_files, read_info, refuse_rows
 from tools.trainer.places import as_place, parquet_file
 
 SLICE_ROWS = 1 << 18  # rows of one column in memory

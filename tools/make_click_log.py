@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from tools.trainer.cli import UserError, number
+from tools.trainer.files import replaced_file
 
 USERS, ITEMS = 2000, 500  # in use on a day
 NEW_SHARE = 0.1  # of them that are new every day
@@ -100,11 +101,11 @@ def write(args):
     labels = table["clicked"].to_numpy()
     if args.unlabelled:
         table = table.drop(["clicked"])
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    pa_csv.write_csv(table, args.output + ".part", pa_csv.WriteOptions(quoting_style="needed"))
-    os.replace(args.output + ".part", args.output)
+    with replaced_file(args.output) as part:
+        pa_csv.write_csv(table, part, pa_csv.WriteOptions(quoting_style="needed"))
+    auc = f"{best_auc(labels, probs):.4f}" if 0 < labels.mean() < 1 else "undefined (all labels are equal)"
     print(f"wrote {args.output}: {args.num_rows} rows of day {args.day}, {labels.mean():.4f} clicked, best AUC any "
-          f"model could reach {best_auc(labels, probs):.4f}")
+          f"model could reach {auc}")
 
 
 def parse_args(argv=None):

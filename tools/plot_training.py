@@ -31,10 +31,8 @@ FILE is parquet or CSV with the columns probability and Label: what the trainer 
 import argparse
 import io
 import math
-import os
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
@@ -57,6 +55,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from tools.trainer.calibration import equal_mass_bins
 from tools.trainer.cli import Parser, UserError
+from tools.trainer.files import replaced_file
 from tools.trainer.runs import (
     MONITORS,
     best_evaluation,
@@ -461,19 +460,13 @@ def scale_calibration(curve, counts, all_bins):
 def save(figure, path):
     """Write a figure as PNG; its folder is made, and an older picture stays until the new one is complete."""
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture, scratch = io.BytesIO(), f"{path}.tmp"
+    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in the name of a run: a box is drawn
         figure.savefig(picture, format="png", dpi=DOTS_PER_INCH)
     plt.close(figure)
-    try:
-        Path(scratch).write_bytes(picture.getbuffer())
-        os.replace(scratch, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(scratch)
-        raise
+    with replaced_file(path) as part:
+        Path(part).write_bytes(picture.getbuffer())
 
 
 def png_path(text):

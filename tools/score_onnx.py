@@ -21,11 +21,11 @@ import pyarrow as pa
 
 from tools.serving.onnx_rows import OnnxModel
 from tools.serving.output import (
-    PredictionFile,
     check_output,
     check_suffix,
     csv_writer,
     kept_schema,
+    prediction_file,
     prediction_schema,
     rows_table,
 )
@@ -58,7 +58,7 @@ def score(args):
     raws = [raw for path in args.rows for raw in model.open(path)]
     keep = args.keep_columns or []
     kept = kept_schema(raws, keep)
-    with PredictionFile(args.output, kept) if args.output else Printed(kept) as file:
+    with prediction_file(args.output, kept) if args.output else Printed(kept) as file:
         for raw in raws:
             for probs, columns in model.blocks(raw, keep):
                 file.write(probs, columns)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tools.converter.values import LABELS, BadValue, as_numbers, as_text, is_lists, one_array
-from tools.trainer.cli import brief, join_names
+from tools.trainer.cli import UserError, brief, join_names
 
 LOOK_ROWS = 1 << 18  # rows that are looked at
 FEW_NUMBERS = 100  # whole numbers with at most so many values are categories
@@ -20,6 +20,7 @@ TIME_NAME = re.compile(r"(.*_)?(ts|time|timestamp|date|datetime|day|hour_?stamp|
 ID_NAME = re.compile(r".*(_?id|key|code|hash)s?", re.I)
 TIME_TEXT = re.compile(r"\d{4}-\d\d-\d\d.*")
 LIST_SEPARATORS = "|;^, "
+NO_FEATURE = "a type that cannot be a feature"
 
 Column = namedtuple("Column", "name looks distinct missing examples kind note")
 Column.__doc__ = """What was seen: distinct values and share of missing ones among the rows looked at, examples; kind:
@@ -35,6 +36,8 @@ def look(raw):
         rows += block.rows
         if rows >= LOOK_ROWS:
             break
+    if not rows:
+        raise UserError(f"{raw.path} has {'a header but ' if raw.is_text else ''}no rows")
     return pa.concat_tables(tables).slice(0, LOOK_ROWS), rows < LOOK_ROWS
 
 
@@ -53,6 +56,12 @@ def columns_of(raw, label=None):
     for i, column in enumerate(columns):
         if column.kind == "label" and i != best:
             columns[i] = column._replace(kind="categorical")
+    separators = [separator_of(column) for column in columns]
+    first = next(filter(None, separators), None)
+    for i, separator in enumerate(separators):
+        if separator not in (None, first):
+            note = f"or write its lists with {first!r} for {separator!r}: --list_separator is one for all"
+            columns[i] = columns[i]._replace(kind="drop", note=note)
     return columns, table.num_rows, complete
 
 
@@ -63,7 +72,7 @@ def describe(name, column, is_text):
     try:
         texts = as_text(column)
     except BadValue:
-        return Column(name, str(column.type), 0, 0.0, [], "drop", "a type that cannot be a feature")
+        return Column(name, str(column.type), 0, 0.0, [], "drop", NO_FEATURE)
     present = texts.filter(pc.not_equal(texts, ""))
     missing = 1 - len(present) / max(1, len(texts))
     counts = pc.value_counts(present)
@@ -73,6 +82,8 @@ def describe(name, column, is_text):
     common = (len(values), missing, examples)
     if not len(present):
         return Column(name, "empty", *common, "drop", "no values")
+    if pa.types.is_duration(column.type):
+        return Column(name, "durations", *common, "drop", "or write it as a number, of seconds say")
     numbers = numbers_of(column if not is_text else present)
     looks = "text" if numbers is None else "whole numbers" if (numbers == np.floor(numbers)).all() else "numbers"
     if pa.types.is_temporal(column.type) or looks == "text" and all(TIME_TEXT.fullmatch(text) for text in examples):
@@ -110,7 +121,7 @@ def kind_of(name, looks, values, present, missing):
     if unique:
         return "drop", "another value in every row; or carry it along: --keep"
     if looks == "text":
-        separator = separator_of(values)
+        separator = likely_separator(values)
         if separator:
             return "list", f"--list_separator {shlex.quote(separator)}"
     if distinct > len(present) / 2 and distinct > MANY_TOKENS / 8:
@@ -118,7 +129,12 @@ def kind_of(name, looks, values, present, missing):
     return "categorical", ""
 
 
-def separator_of(values):
+def separator_of(column):
+    """The separator that the note of a Column proposes, or None."""
+    return shlex.split(column.note)[1] if column.note.startswith("--list_separator ") else None
+
+
+def likely_separator(values):
     """The separator of texts that look like lists: in a third of the values, with parts that come back."""
     values = values.slice(0, 2000)
     for separator in LIST_SEPARATORS[:3]:
@@ -132,8 +148,10 @@ def separator_of(values):
 
 def list_column(name, column):
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-    elements = pc.list_flatten(column)
-    distinct = len(pc.unique(elements))
+    try:
+        distinct = len(pc.unique(as_text(pc.list_flatten(column))))
+    except BadValue:
+        return Column(name, str(column.type), 0, 0.0, [], "drop", NO_FEATURE)
     examples = [str(value) for value in column.slice(0, 3).to_pylist()]
     return Column(name, "lists", distinct, float((lengths == 0).mean()), examples, "list",
                   f"up to {lengths.max(initial=0)} values, 9 of 10 rows have at most {int(np.quantile(lengths, 0.9))}")
@@ -164,10 +182,9 @@ def command_of(columns, args):
     options.append(("label", names["label"][0] if "label" in names else "LABEL_COLUMN"))
     options += [(kind, join_names(names[kind])) for kind in ("categorical", "numeric", "list", "drop") if kind in names]
     bins = [f"{column.name}=50" for column in columns if column.kind == "numeric" and column.looks == "numbers"]
-    hashes = [column.note.split(":")[0] for column in columns if column.kind == "hash"]
+    hashes = [column.note.rpartition(":")[0] for column in columns if column.kind == "hash"]
     options += [(name, join_names(values)) for name, values in (("numeric_bins", bins), ("hash", hashes)) if values]
-    options += [("list_separator", column.note.split()[1].strip("'")) for column in columns
-                if column.kind == "list" and column.note.startswith("--list_separator")][:1]
+    options += [("list_separator", separator) for separator in map(separator_of, columns) if separator][:1]
     if args.separator:
         options.append(("separator", {"\t": "tab"}.get(args.separator, args.separator)))
     if args.columns:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from tools.converter.values import (
     MAX_INTEGER,
     MIN_INTEGER,
+    PLAIN,
     BadValue,
     as_lists,
     as_numbers,
@@ -259,10 +260,12 @@ class Category(VocabularyField):
         return parameters
 
     def tokens(self, column):
+        # without a vocabulary, which then is about to be made, values write themselves
+        spelling = self.vocabulary.spelling if self.vocabulary is not None else PLAIN
         if self.length is None:
-            keys, texts = string_keys(as_text(column))
+            keys, texts = string_keys(as_text(column, spelling))
             return [keys], texts
-        elements, lengths = as_lists(column, self.separator)
+        elements, lengths = as_lists(column, self.separator, spelling)
         keys, texts = string_keys(elements)
         rows = np.repeat(np.arange(len(lengths)), lengths)[keys != 0]
         keys = keys[keys != 0]

@@ -1,21 +1,17 @@
 """Names of columns in the shards: petastorm, which reads them, takes Python identifiers only."""
 
 import keyword
-import re
+import unicodedata
 
 from tools.trainer.cli import UserError
-from tools.trainer.dataset_info import LABEL
-
-
-def is_readable(name):
-    """Whether petastorm can read a column of this name."""
-    return name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
+from tools.trainer.dataset_info import LABEL, is_readable
 
 
 def readable(name):
     """A name for the shards that is as close to the column's as can be: 'user-id' -> 'user_id', '2nd' -> 'c2nd'"""
-    name = re.sub(r"\W", "_", name).lstrip("_") or "column"
-    name = name if name[0].isalpha() else f"c{name}"
+    name = unicodedata.normalize("NFKC", name)
+    name = "".join(letter if f"a{letter}".isidentifier() else "_" for letter in name).lstrip("_") or "column"
+    name = name if name.isidentifier() else unicodedata.normalize("NFKC", f"c{name}")
     return f"{name}_" if keyword.iskeyword(name) or name == LABEL else name
 
 

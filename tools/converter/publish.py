@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tools.trainer.cli import NO_SPACE, UserError, shorten
 from tools.trainer.dataset_info import INFO, ROWS_INFO, SPLITS, read_info
+from tools.trainer.files import umask
 from tools.trainer.places import Remote, as_place
 
 MARK = "deepfm_scratch"
@@ -206,18 +207,13 @@ def marked_folder(option, value, parent, prefix):
     _make_parent(option, value, parent)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        with open(folder / MARK, "w") as mark:
+        folder.chmod(0o777 & ~umask())  # mkdtemp makes it private
+        with open(folder / f".{MARK}", "w") as mark:
             _locked(mark)
+            os.rename(mark.name, folder / MARK)  # now it is locked, so that no other run takes it for a leftover
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager

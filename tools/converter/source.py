@@ -6,6 +6,7 @@ import numpy as np
 
 from tools.converter import raw as raw_files
 from tools.converter.progress import Progress
+from tools.converter.values import LABELS
 from tools.trainer.cli import UserError
 
 Part = namedtuple("Part", "raw split first_row rows blocks")
@@ -61,17 +62,21 @@ def count_rows(raw, labels_of):
     return progress.done, np.concatenate(labels) if labels else None, None
 
 
-def first_characters(raw, block, problem):
-    """The label of every line, which is its first character: int8 (rows).
+LABEL_OF = np.full(256, 2, np.int8)  # by the first byte of a label; 2: it is none
+LABEL_OF[[ord(text[0]) for text in LABELS]] = list(LABELS.values())
 
-    problem: what is wrong with a line's cells; None: labels that are not 0 or 1 are returned as they are.
+
+def first_characters(raw, block, problem):
+    """The label of every line, which its first character tells: int8 (rows).
+
+    problem: what is wrong with a line's cells; None: labels that are not 0 or 1 are returned as 2.
     """
     data = np.frombuffer(block.data, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
-    labels = data[np.concatenate([[0], ends[:-1] + 1])] - ord("0")
+    labels = LABEL_OF[data[np.concatenate([[0], ends[:-1] + 1])]]
     if problem and (labels > 1).any():
         raw.check_lines(block, problem)
-    return labels.astype(np.int8)
+    return labels
 
 
 def open_files(paths, form):

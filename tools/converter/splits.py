@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tools.converter.spool import shares_of, shuffle_keys
-from tools.converter.values import BadValue, as_numbers, as_text, is_text, one_array
+from tools.converter.values import BadValue, as_numbers, as_text, as_time, is_text, one_array
 from tools.converter.vocabulary import string_keys
+from tools.trainer.cli import UserError
 
 TRAIN = 0
 
@@ -86,25 +87,39 @@ class ByTime:
     def splits(self, table, first_row, file_split):
         column = one_array(table.column(self.columns[0]))
         if pa.types.is_temporal(column.type):
-            try:
-                bounds = [pa.scalar(bound).cast(column.type) for bound in self.bounds]
-            except pa.ArrowInvalid:
-                raise BadValue(0, f"a value of type {column.type}", f"one that compares with "
-                               f"{' and '.join(self.bounds)}; give --val_from and --test_from as 2024-01-31 or "
-                               "2024-01-31 12:00:00") from None
+            bounds = self._times(column.type)
+            self._ordered(pc.less(*bounds).as_py())
             self._check(column.is_null(), column)
             steps = [pc.cast(pc.greater_equal(column, bound), pa.int8()) for bound in bounds]
             return np.asarray(steps[0]) + np.asarray(steps[1])
         if is_text(column.type) and not self.numbers:
             column = as_text(column)
             self._check(pc.equal(column, ""), column)
+            self._ordered(self.bounds[0] < self.bounds[1])
             steps = [np.asarray(pc.greater_equal(column, bound)) for bound in self.bounds]
             return steps[0].astype(np.int8) + steps[1]
         if not self.numbers:
             raise BadValue(0, f"a value of type {column.type}", "numbers as --val_from and --test_from")
         values = as_numbers(column)
         self._check(np.isnan(values), column)
-        return np.searchsorted([float(bound) for bound in self.bounds], values, side="right").astype(np.int8)
+        bounds = [float(bound) for bound in self.bounds]
+        self._ordered(bounds[0] < bounds[1])
+        return np.searchsorted(bounds, values, side="right").astype(np.int8)
+
+    def _times(self, kind):
+        """The bounds as scalars of a type of times."""
+        try:
+            return [as_time(bound, kind) for bound in self.bounds]
+        except pa.ArrowException:
+            advice = ("; give --val_from and --test_from as 2024-01-31 or 2024-01-31 12:00:00"
+                      if pa.types.is_timestamp(kind) or pa.types.is_date(kind) else ": a date, a number or a text")
+            raise BadValue(0, f"a value of type {kind}", f"one that compares with {' and '.join(self.bounds)}"
+                                                         f"{advice}") from None
+
+    def _ordered(self, ordered):
+        if not ordered:
+            raise UserError(f"--val_from {self.bounds[0]} is not before --test_from {self.bounds[1]}; val are the rows "
+                            "from the one up to the other")
 
     @staticmethod
     def _check(missing, column):
@@ -150,4 +165,5 @@ def stratified_folds(labels, rule):
             random.shuffle(shuffled)
         folds[members] = shuffled
         start += count
+    assert start == len(labels), "a label is neither 0 nor 1"
     return folds

@@ -88,7 +88,6 @@ class RowSpool:
         size = num_rows * (self.dtype.itemsize + carried_bytes)
         self.num_buckets = max(1, -(-size // max(1, memory_bytes))) if seed is not None else 1
         self.rows = 0
-        self.streams = {}  # bucket -> writer of its carried columns
 
     def _file(self, bucket, kind="bin"):
         return self.folder / f"bucket-{bucket:06d}.{kind}"
@@ -120,14 +119,10 @@ class RowSpool:
         with open(self._file(bucket), "ab") as file:
             file.write(rows.data)
         if self.carried is not None:
-            if bucket not in self.streams:
-                self.streams[bucket] = pa.ipc.new_stream(str(self._file(bucket, "arrow")), self.carried)
-            self.streams[bucket].write_table(carried.combine_chunks())
+            append_table(self._file(bucket, "arrow"), carried.combine_chunks())
 
     def read(self):
         """Yield all rows as (array of the dtype, table of the carried columns or None); files go as they are read."""
-        for stream in self.streams.values():
-            stream.close()
         for bucket in range(self.num_buckets):
             if self._file(bucket).exists():
                 yield from self._read_in_order() if self.seed is None else self._read_bucket(bucket)
@@ -137,23 +132,39 @@ class RowSpool:
 
     def _read_bucket(self, bucket):
         keyed = np.fromfile(self._file(bucket), self.dtype)
-        carried = pa.ipc.open_stream(str(self._file(bucket, "arrow"))).read_all() if self.carried is not None else None
+        carried = pa.concat_tables(read_tables(self._file(bucket, "arrow"))) if self.carried is not None else None
         order = np.argsort(keyed["key"])
         for start in range(0, len(order), READ_ROWS):
             part = order[start : start + READ_ROWS]
             yield keyed["row"][part], carried.take(pa.array(part)) if carried is not None else None
 
     def _read_in_order(self):
-        batches = pa.ipc.open_stream(str(self._file(0, "arrow"))) if self.carried is not None else None
+        tables = read_tables(self._file(0, "arrow")) if self.carried is not None else None
         with open(self._file(0), "rb") as file:
             while True:
                 # rows come in the portions in which their carried columns were written
-                carried = next(iter(batches), None) if batches is not None else None
-                rows = np.fromfile(file, self.dtype, count=READ_ROWS if batches is None else carried_rows(carried))
+                carried = next(tables, None) if tables is not None else None
+                count = READ_ROWS if tables is None else 0 if carried is None else carried.num_rows
+                rows = np.fromfile(file, self.dtype, count=count)
                 if not len(rows):
                     break
-                yield rows, pa.Table.from_batches([carried]) if carried is not None else None
+                yield rows, carried
 
 
-def carried_rows(batch):
-    return 0 if batch is None else batch.num_rows
+# ------------------------------------------------------------------------------------------------------ tables on disk
+
+
+def append_table(path, table):
+    """Add a table to a file. It is not kept open: there may be more files than a process may have open."""
+    with open(path, "ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def read_tables(path):
+    """Yield the tables that were added to a file; without the file, none."""
+    if not path.exists():
+        return
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while file.tell() < size:  # one stream after the other
+            yield pa.ipc.open_stream(file).read_all()

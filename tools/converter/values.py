@@ -1,9 +1,13 @@
 """Columns of any type as text (categories) or as numbers: one rule for text files, parquet files and data frames.
 
 As text: strings as they are, whole numbers in decimal digits, floats that are whole numbers as if they were integers
-(pandas turns integers with gaps into floats), other floats in their shortest form, booleans as true and false, dates
-and decimals as Arrow prints them. What is missing is the empty text.
+(pandas turns integers with gaps into floats), other floats in their shortest form, booleans as true and false, dates,
+times and decimals as Arrow prints them. What is missing is the empty text. Where there is a vocabulary, booleans and
+times are written as its tokens are (Spelling).
 """
+
+import re
+from collections import namedtuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,19 @@ BLANKS = " \t"  # around a number, as Arrow's reader of CSV leaves them out
 WHOLE = 1 << 53  # floats below it hold every whole number
 MIN_INTEGER, MAX_INTEGER = -(1 << 31), WHOLE  # of whole numbers that are not categories
 WHOLE_NUMBER = f"a whole number from {MIN_INTEGER} to {MAX_INTEGER}, or nothing"
+
+BOOLEANS = (("false", "true"), ("False", "True"), ("FALSE", "TRUE"))  # Arrow's words first
+TIME = (r"^(?:\d{4}-\d\d-\d\d)?(?P<time>(?:^| )\d\d:\d\d:\d\d(?P<fraction>\.\d+)?(?:Z|[+-]\d{4})?)?$")
+UNIT_DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # behind the seconds, as Arrow prints times of a unit
+DATE_ONLY = -1
+
+Spelling = namedtuple("Spelling", "words only_words digits")
+Spelling.__doc__ = """How a vocabulary writes booleans and times, which differ between files and data frames.
+
+words: what stands for False and for True; only_words: whether it has no other tokens, so that texts which are other
+words for them mean the same; digits: how many its times have behind the seconds (DATE_ONLY: there are dates without a
+time), in the order of its tokens."""
+PLAIN = Spelling(BOOLEANS[0], False, ())
 
 
 class BadValue(ValueError):
@@ -24,7 +41,7 @@ class BadValue(ValueError):
 
 
 def one_array(column):
-    """A pyarrow Array of a column: of an Array or ChunkedArray, decoded where it is a dictionary."""
+    """A pyarrow Array of a column (Array or ChunkedArray): dictionaries decoded, half-precision floats as float32."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # no chunks at all, in some versions
@@ -33,6 +50,8 @@ def one_array(column):
         column = column.dictionary_decode()
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
+    if pa.types.is_float16(column.type):  # which Arrow computes nothing with
+        column = pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32), mask=np.asarray(pc.is_null(column)))
     return column
 
 
@@ -40,7 +59,7 @@ def is_text(kind):
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def as_text(column):
+def as_text(column, spelling=PLAIN):
     """string Array without nulls. Raises: BadValue (bytes that are not UTF-8, or a type that is no single value)."""
     column = one_array(column)
     kind = column.type
@@ -48,17 +67,28 @@ def as_text(column):
         return pa.array([""] * len(column), pa.string())
     if pa.types.is_nested(kind):
         raise BadValue(0, str(kind), "one value a row; a column of lists can be given to --list")
-    if pa.types.is_floating(kind):
+    if is_text(kind):
+        column = _same_words(column, spelling.words) if spelling.only_words else column
+    elif pa.types.is_boolean(kind):
+        column = pc.if_else(column, *(pa.scalar(word, pa.string()) for word in reversed(spelling.words)))
+    elif pa.types.is_floating(kind):
         column = _floats_as_text(column)
-    elif not is_text(kind):
-        try:
-            column = pc.cast(column, pa.string())
-        except pa.ArrowInvalid:
-            row = next(i for i, value in enumerate(column) if not _is_utf8(value.as_py()))
-            raise BadValue(row, repr(column[row].as_py()), "text in UTF-8") from None
-        except pa.ArrowNotImplementedError:
-            raise BadValue(0, f"a value of type {kind}", "text or a number") from None
+    elif pa.types.is_timestamp(kind) or pa.types.is_time(kind):
+        column = _same_digits(_times_as_text(column), UNIT_DIGITS[kind.unit], spelling.digits)
+    else:
+        column = _printed(column)
     return column.fill_null("") if column.null_count else column
+
+
+def _printed(column):
+    """Values of any other type as Arrow prints them."""
+    try:
+        return pc.cast(column, pa.string())
+    except pa.ArrowInvalid:
+        row = next(i for i, value in enumerate(column) if not _is_utf8(value.as_py()))
+        raise BadValue(row, repr(column[row].as_py()), "text in UTF-8") from None
+    except pa.ArrowNotImplementedError:
+        raise BadValue(0, f"a value of type {column.type}", "text or a number") from None
 
 
 def _is_utf8(value):
@@ -68,19 +98,92 @@ def _is_utf8(value):
         return False
 
 
+def _same_words(column, words):
+    """Texts with other words for False and True replaced by `words`."""
+    for others in BOOLEANS:
+        for word, other in zip(words, others):
+            if word != other:
+                column = pc.if_else(pc.equal(column, other), pa.scalar(word, column.type), column)
+    return column
+
+
+# --------------------------------------------------------------------------------------------------------------- times
+
+
+def fixed_offset(zone):
+    """Seconds that a time zone such as +02:00, which no database has, is ahead of UTC; None for names, and for none."""
+    found = re.fullmatch(r"([+-])(\d\d):?(\d\d)?", zone or "")
+    return found and int(f"{found[1]}1") * (3600 * int(found[2]) + 60 * int(found[3] or 0))
+
+
+def _times_as_text(column):
+    """Timestamps and times of the day as Arrow prints them; with a fixed offset, as it prints those of other zones."""
+    zone = getattr(column.type, "tz", None)
+    offset = fixed_offset(zone)
+    try:
+        if offset is None:
+            return pc.cast(column, pa.string())
+    except pa.ArrowInvalid:
+        raise BadValue(0, f"a time in the time zone {zone}", "a zone that this machine knows; write the column again "
+                                                             "in UTC") from None
+    unit = column.type.unit
+    local = pc.add(column.cast(pa.timestamp(unit)), pa.scalar(offset, pa.duration("s")).cast(pa.duration(unit)))
+    return pc.binary_join_element_wise(pc.cast(local, pa.string()), zone.replace(":", ""), "")
+
+
+def as_time(text, kind):
+    """Scalar of a type of dates or times; a text without a zone means that of the type. Raises: pa.ArrowException"""
+    zone = getattr(kind, "tz", None)
+    try:
+        return pa.scalar(text).cast(kind)
+    except pa.ArrowInvalid:
+        if zone is None:
+            raise
+    naive, offset = pa.scalar(text).cast(pa.timestamp(kind.unit)), fixed_offset(zone)
+    if offset is None:
+        return pc.assume_timezone(naive, zone)
+    return pc.subtract(naive, pa.scalar(offset, pa.duration("s")).cast(pa.duration(kind.unit))).cast(kind)
+
+
+def _same_digits(texts, own, digits):
+    """Times as texts, whose unit has `own` digits behind the seconds, with those of a vocabulary (see Spelling).
+
+    Where that would need another time, one with a fraction as a whole second say, the text stays.
+    """
+    if not digits or own in digits:
+        return texts
+    wanted = digits[0]
+    if wanted == DATE_ONLY:
+        return pc.replace_substring_regex(texts, r" 00:00:00(\.0+)?$", "")
+    if wanted > own:
+        return pc.replace_substring_regex(texts, r"(\d\d:\d\d:\d\d(?:\.\d+)?)",
+                                          r"\1" + "." * (own == 0) + "0" * (wanted - own))
+    kept = rf"(\.\d{{{wanted}}})" if wanted else r"(\d\d:\d\d:\d\d)\."
+    return pc.replace_substring_regex(texts, kept + f"0{{{own - wanted}}}", r"\1")
+
+
+def time_digits(texts):
+    """Digits of the times among the texts of a vocabulary, see Spelling."""
+    for part in (texts.slice(0, 1000), texts):  # where there are times, nearly all tokens are
+        found = pc.extract_regex(part, TIME)
+        found = found.filter(pc.is_valid(found))
+        if not len(found):
+            return ()
+    time, fraction = (pc.binary_length(pc.struct_field(found, [i])).to_numpy(zero_copy_only=False) for i in (0, 1))
+    digits = np.where(time == 0, DATE_ONLY, np.maximum(fraction - 1, 0))
+    return tuple(dict.fromkeys(digits.tolist()))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
 def _floats_as_text(column):
-    if column.type == pa.float16():
-        column = pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32), mask=_mask(column))
     values = column.to_numpy(zero_copy_only=False)  # nulls become NaN
     with np.errstate(invalid="ignore"):
         whole = (np.abs(values) < WHOLE) & (values == np.floor(values))
     integers = pc.cast(pa.array(np.where(whole, values, 0).astype(np.int64)), pa.string())
     others = pc.cast(pa.array(values, column.type, from_pandas=True), pa.string())  # NaN becomes null
     return pc.if_else(pa.array(whole), integers, others)
-
-
-def _mask(column):
-    return np.asarray(pc.is_null(column))
 
 
 def as_numbers(column):
@@ -180,7 +283,7 @@ def is_lists(kind):
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def as_lists(column, separator):
+def as_lists(column, separator, spelling=PLAIN):
     """(text Array of all elements, lengths int64 (n)) of a column of lists, or of texts with a separator."""
     column = one_array(column)
     if pa.types.is_fixed_size_list(column.type):
@@ -190,4 +293,4 @@ def as_lists(column, separator):
             raise BadValue(0, f"a value of type {column.type}", "lists, or a --list_separator")
         column = pc.split_pattern(as_text(column), separator)
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return as_text(pc.list_flatten(column)), lengths
+    return as_text(pc.list_flatten(column), spelling), lengths

@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tools.converter.spool import shuffle_keys
+from tools.converter.spool import append_table, read_tables, shuffle_keys
+from tools.converter.values import BOOLEANS, Spelling, time_digits
 from tools.trainer.cli import UserError, first_line
 from tools.trainer.places import arrow_file
 
@@ -97,13 +98,23 @@ class Vocabulary:
 
     def __init__(self, keys, texts, counts):
         self.keys, self.texts, self.counts = keys, texts, np.asarray(counts, np.int64)
-        self._index = None
+        self._index = self._spelling = None
 
     def __len__(self):
         return len(self.keys)
 
     def __getstate__(self):
-        return {"keys": self.keys, "texts": self.texts, "counts": self.counts, "_index": None}
+        return {"keys": self.keys, "texts": self.texts, "counts": self.counts, "_index": None, "_spelling": None}
+
+    @property
+    def spelling(self):
+        """How it writes booleans and times: a Spelling. Its tokens are texts."""
+        if self._spelling is None:
+            known = [int((self.positions(string_keys(pa.array(words))[0]) >= 0).sum()) for words in BOOLEANS]
+            number = next((i for i, count in enumerate(known) if count), 0)
+            only_words = 0 < known[number] == len(self)
+            self._spelling = Spelling(BOOLEANS[number], only_words, time_digits(self.texts))
+        return self._spelling
 
     def positions(self, tokens):
         """Place of each token in the vocabulary, -1 where it is unknown: int64 (n)."""
@@ -258,9 +269,7 @@ class TokenCounter:
             if texts:
                 table = pa.table({"key": texts[0][0], "text": texts[0][1]})
                 for index, chosen in self._by_part(texts[0][0]):
-                    with open(self._file(field, index, "arrow"), "ab") as file, \
-                            pa.ipc.new_stream(file, table.schema) as stream:
-                        stream.write_table(table.filter(pa.array(chosen)))
+                    append_table(self._file(field, index, "arrow"), table.filter(pa.array(chosen)))
         self.parts = [[] for _ in self.dtypes]
         self.texts = [[] for _ in self.dtypes]
         self.size = self.merged_size = 0
@@ -303,15 +312,10 @@ class TokenCounter:
         return tokens, counts, texts[0]
 
     def _read_texts(self, field, part):
-        path = self._file(field, part, "arrow")
-        if not path.exists():
-            return
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            while file.tell() < size:  # one stream after the other
-                table = pa.ipc.open_stream(file).read_all().combine_chunks()
-                if len(table):
-                    yield table["key"].to_numpy(), table["text"].chunk(0)
+        for table in read_tables(self._file(field, part, "arrow")):
+            if len(table):
+                table = table.combine_chunks()
+                yield table["key"].to_numpy(), table["text"].chunk(0)
 
 
 def _text_size(texts):

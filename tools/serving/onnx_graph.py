@@ -295,6 +295,8 @@ def metadata(weights, encoder, raw, columns, folder):
         described["raw"] = encoder.info["raw"]
         described["separators"] = {field.raw_column: field.separator for field in encoder.fields
                                    if getattr(field, "length", None)}
+        described["spellings"] = {field.raw_column: field.vocabulary.spelling for field in encoder.fields
+                                  if field.kind == "category"}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import pyarrow as pa
 
 from tools.converter.raw import format_again, list_files, open_raw
-from tools.converter.values import BadValue, as_lists, as_numbers, as_text, number_problem, whole_numbers
+from tools.converter.values import (
+    PLAIN,
+    BadValue,
+    Spelling,
+    as_lists,
+    as_numbers,
+    as_text,
+    number_problem,
+    whole_numbers,
+)
 from tools.serving.onnx_file import check_checksums
 from tools.trainer.cli import UserError, brief, shorten
 from tools.trainer.places import open_regular
@@ -38,8 +47,11 @@ class OnnxModel:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             props = self.session.get_modelmeta().custom_metadata_map
             self.described = {key: props[key] if key == "inputs" else json.loads(props[key])
-                              for key in ("inputs", "columns", "raw", "separators", "limits") if key in props}
+                              for key in ("inputs", "columns", "raw", "separators", "spellings", "limits")
+                              if key in props}
             self.raw = self.described["inputs"] == "raw"
+            self.spellings = {name: Spelling(*spelling)
+                              for name, spelling in self.described.get("spellings", {}).items()}
             self.inputs = {node.name: (KINDS[node.type], node.shape[1]) for node in self.session.get_inputs()}
         except Exception as error:  # ONNX Runtime raises kinds of its own
             text = " ".join(str(error).split()) or type(error).__name__
@@ -62,15 +74,15 @@ class OnnxModel:
                                      for name, limit in zip(names, limits)], axis=1)}
         feed = {}
         for name, (kind, length) in self.inputs.items():
-            column = column_of(table, name)
+            column, spelling = column_of(table, name), self.spellings.get(name, PLAIN)
             if name in self.described["separators"]:
-                feed[name] = of_column(name, lists, column, self.described["separators"][name], length)
+                feed[name] = of_column(name, lists, column, self.described["separators"][name], spelling, length)
             elif kind == pa.int64():
                 feed[name] = of_column(name, whole_numbers, column)[:, None]
             elif kind == pa.float64():
                 feed[name] = of_column(name, as_numbers, column)[:, None]
             else:
-                feed[name] = of_column(name, as_text, column).to_numpy(zero_copy_only=False)[:, None]
+                feed[name] = of_column(name, as_text, column, spelling).to_numpy(zero_copy_only=False)[:, None]
         return feed
 
     def types(self):
@@ -133,9 +145,9 @@ def ids_of(column, low, high):
     return values.astype(np.int64)
 
 
-def lists(column, separator, length):
+def lists(column, separator, spelling, length):
     """Texts (n, length) of a column of lists; absent elements are empty, elements beyond are left out."""
-    elements, lengths = as_lists(column, separator)
+    elements, lengths = as_lists(column, separator, spelling)
     texts = elements.to_numpy(zero_copy_only=False)
     result = np.full((len(lengths), length), "", object)
     ends = np.cumsum(lengths)

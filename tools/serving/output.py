@@ -1,7 +1,7 @@
 """A file of predictions, written as the rows come, that has its name only when it is whole."""
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from tools.converter.raw import kept_type
 from tools.trainer.cli import UserError
-from tools.trainer.files import UNFINISHED
+from tools.trainer.files import replaced_file
 
 PROBABILITY = "probability"  # name of the first column
 
@@ -44,44 +44,27 @@ def csv_writer(file, schema, name):
 
 
 class PredictionFile:
-    """Parquet, or CSV where the name ends in .csv: column `probability` (float32), then the columns that are kept.
+    """What prediction_file gives. Attributes: schema, rows (written so far)."""
 
-    Use it as a context manager: a normal exit gives the file its name, any other removes what was written.
-    """
-
-    def __init__(self, path, kept):
-        self.path, self.part = path, path + ".part"
-        self.schema = prediction_schema(kept)
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        UNFINISHED.add(self.part)
-        try:
-            self.writer = (csv_writer(self.part, self.schema, path) if path.lower().endswith(".csv")
-                           else pq.ParquetWriter(self.part, self.schema))
-        except UserError:
-            self._remove()
-            raise
-        self.rows = 0
+    def __init__(self, writer, schema):
+        self.writer, self.schema, self.rows = writer, schema, 0
 
     def write(self, probs, kept):
         """probs float32 (n,); kept: Table (n) or None."""
         self.writer.write_table(rows_table(self.schema, probs, kept))
         self.rows += len(probs)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, *_):
-        try:
-            self.writer.close()
-            if kind is None:
-                os.replace(self.part, self.path)
-        finally:
-            self._remove()
+@contextmanager
+def prediction_file(path, kept):
+    """Context manager: a PredictionFile, which has its name when it is whole.
 
-    def _remove(self):
-        with suppress(OSError):
-            os.remove(self.part)
-        UNFINISHED.discard(self.part)
+    Parquet, or CSV where the name ends in .csv: column `probability` (float32), then the columns that are kept.
+    """
+    schema = prediction_schema(kept)
+    with replaced_file(path) as part, (csv_writer(part, schema, path) if path.lower().endswith(".csv")
+                                       else pq.ParquetWriter(part, schema)) as writer:
+        yield PredictionFile(writer, schema)
 
 
 def check_suffix(path, option="--predict_output"):

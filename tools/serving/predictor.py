@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from tools.converter.values import BadValue
-from tools.serving.output import PredictionFile
+from tools.serving.output import prediction_file
 from tools.serving.rows import Model, load_encoder, open_rows, outside
 from tools.trainer import checkpoints
 from tools.trainer.batches import Batch, RowStream, no_rows, share_of
@@ -42,7 +42,7 @@ def write_predictions(trainer):
     done = 0
     with ExitStack() as stack:
         bar = stack.enter_context(closing(progress_bar(None, " rows", "predict")))
-        file = stack.enter_context(PredictionFile(args.predict_output, rows.kept)) if rank() == 0 else None
+        file = stack.enter_context(prediction_file(args.predict_output, rows.kept)) if rank() == 0 else None
         for probs, kept in trainer.probabilities(batches_of(rows.blocks(), trainer.dataset, args.batch_size)):
             if file:
                 file.write(probs, kept)

@@ -10,7 +10,6 @@ column is a field but Label and those that --weight_column and --group_column na
 
 import hashlib
 import json
-import keyword
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +18,17 @@ import pyarrow as pa
 from pyarrow.filesystem import FileSystem
 
 from tools.trainer.cli import UserError, brief, first_line, shorten
-from tools.trainer.dataset_info import INFO, LABEL, OF_SPLITS, SPLITS, check_file, parquet_files, read_info, refuse_rows
+from tools.trainer.dataset_info import (
+    INFO,
+    LABEL,
+    OF_SPLITS,
+    SPLITS,
+    check_file,
+    is_readable,
+    parquet_files,
+    read_info,
+    refuse_rows,
+)
 from tools.trainer.places import as_name, as_place, of_name, open_regular, parquet_file
 
 
@@ -257,8 +266,7 @@ def find_fields(info, splits, data_dir, others):
                             f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
         raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
-    unusable = [name for name in (*wanted, *filter(None, others))
-                if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")]
+    unusable = [name for name in (*wanted, *filter(None, others)) if not is_readable(name)]
     if unusable:
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")

@@ -3,7 +3,9 @@
 Needs nothing beyond the standard library, so that score_onnx.py runs where there is no OneFlow.
 """
 
+import keyword
 import re
+import unicodedata
 
 from tools.trainer.cli import UserError, shorten
 from tools.trainer.files import checksum, count, read_json
@@ -18,6 +20,12 @@ ADVICE = "convert the data again"
 def size(value):
     """A schema: a number of rows that can be meant."""
     return count(value) and 0 < value <= 2**40
+
+
+def is_readable(name):
+    """Whether petastorm can read a column of this name: an identifier of Python, which takes names as NFKC has them."""
+    return (name.isidentifier() and unicodedata.normalize("NFKC", name) == name and not keyword.iskeyword(name)
+            and not name.startswith("_"))
 
 
 def field_name(value):

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import zlib
+from contextlib import contextmanager, suppress
 
 from tools.trainer.cli import UserError, brief, first_line
 from tools.trainer.places import open_regular
@@ -30,6 +32,33 @@ def write_json(path, value):
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
     sync_entry(os.path.dirname(os.path.abspath(path)))
+
+
+@contextmanager
+def replaced_file(path):
+    """Context manager: path of a new file beside `path`, which gets its name on a normal exit and goes on any other.
+
+    No other process writes to it. The folder is made where it is missing.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(".part", f".{name[:40]}.", folder)
+    UNFINISHED.add(part)
+    try:
+        os.fchmod(descriptor, 0o666 & ~umask())  # mkstemp makes it private
+        os.close(descriptor)
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            os.remove(part)
+        UNFINISHED.discard(part)
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(folder):

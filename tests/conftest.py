@@ -158,12 +158,17 @@ def metrics_lines(output, split):
 # --------------------------------------------------------------------------------------------------------------- Spark
 
 
+# Java keeps the first context's local folder, which is gone then, and would make it again for the next one
 SPARK_TOOLS = """
 import importlib, json, sys
+from pyspark import SparkContext
 from tools.converter import raw
 for line in sys.stdin:
     tool, raw.BLOCK_BYTES, options = json.loads(line)
-    print("STATUS", importlib.import_module(tool).main(options) or 0, flush=True)
+    status = importlib.import_module(tool).main(options) or 0
+    if SparkContext._jvm:
+        getattr(getattr(SparkContext._jvm.org.apache.spark.util, "Utils$"), "MODULE$").clearLocalRootDirs()
+    print("STATUS", status, flush=True)
 """
 
 

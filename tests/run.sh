@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Make the environment if needed (see tools/setup_env.sh for its variables) and run the tests; arguments go to pytest.
+# Make the environment if needed (see tools/setup_env.sh for its variables) and run the tests: all of them, in two
+# processes, or with arguments what pytest makes of these.
 #
 #   bash tests/run.sh -k launcher
 #   ONEFLOW_VERSION=0.8.0 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash tools/setup_env.sh tests spark onnx)
+(($#)) || set -- -n 2 --dist loadfile
 exec "$python" -m pytest -o testpaths=tests "$@" </dev/null

@@ -41,14 +41,7 @@ from tools.serving.output import check_output, check_suffix
 from tools.serving.predictor import Predictor, write_predictions
 from tools.trainer import checkpoints, chunks, cpu, metrics, run_log, tensors
 from tools.trainer.arguments import check_arguments
-from tools.trainer.batches import (
-    draw_masks,
-    eval_batches,
-    keep_probability,
-    prefetched,
-    steps_per_epoch,
-    train_batches,
-)
+from tools.trainer.batches import draw_masks, eval_batches, keep_probability, prefetched, steps_per_epoch, train_batches
 from tools.trainer.cli import (
     Parser,
     UserError,
@@ -70,7 +63,7 @@ from tools.trainer.dataset import (
     extra_columns,
     read_dataset,
 )
-from tools.trainer.files import hold, sync
+from tools.trainer.files import hold
 from tools.trainer.peers import run_together
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import (
@@ -379,7 +372,7 @@ class Cuda:
     full cache does not check it, so it must not be too small; rows live at PATH/<rank>-<number of processes>, snapshots
     at .../snapshots/NAME, and a missing snapshot is only logged, so a checkpoint's is checked before loading; a key
     belongs to the rank given by OneFlow's ShardingHash, which the persistent table writer also uses; a table lives
-    until the process ends, and no second one may have its name.
+    until the process ends, no second one may have its name, and no other process may have its folder open.
     """
 
     name = "cuda"
@@ -393,14 +386,14 @@ class Cuda:
         """A table of the model; number: of the table in it, so that each has initial values of its own."""
         capacity = store.num_ids + 1  # with the padding row
         options = make_store_options(store_type, store, capacity, cache_memory_budget_mb)
-        return OneEmbeddingTable(store.name, store.dim, self.placement, options, 2 * seed + number)
+        return OneEmbeddingTable(store.claim(), store.dim, self.placement, options, 2 * seed + number)
 
     def look_up(self, table, ids):
         return table(ids)
 
     def save_rows(self, table, store, snapshot, moments):
         table.save_snapshot(snapshot)
-        sync(store.folder(rank(), world_size()))
+        store.sync()
 
     def load_rows(self, table, store, snapshot, blocks, with_moments):
         table.load_snapshot(snapshot)

@@ -1,11 +1,16 @@
 """Files of OneEmbedding's table format: written and read here, against OneFlow's own reader and writer."""
 
 import os
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import locked
+from host_embedding import CudaOnCpu
 
-from tools.trainer import chunks
+from tools.trainer import chunks, tables
+from tools.trainer.cli import UserError
 from tools.trainer.startup import flow
 from tools.trainer.tables import TableStore
 
@@ -113,3 +118,23 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         store.write_snapshot("second", blocks)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_table_on_cuda_is_locked_until_the_process_ends(tmp_path):
+    """Also after its rows were saved, where each file is opened and closed."""
+    store = TableStore("embedding", "persistent_path", str(tmp_path), 2, 9)
+    assert len({store.claim() for _ in range(2)}) == 2
+    store.write_snapshot("first", [(np.arange(9), np.ones((9, 6), np.float32))])
+    CudaOnCpu().save_rows(SimpleNamespace(save_snapshot=lambda name: None), store, "first", [])
+    with pytest.raises(CalledProcessError), locked(f"{store.own_folder()}/LOCK"):
+        pass
+
+
+def test_a_table_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(30, "Read-only file system", path)
+
+    store = TableStore("embedding", "persistent_path", str(tmp_path), 2, 9)
+    monkeypatch.setattr(tables, "lock_for_good", refuse)
+    with pytest.raises(UserError, match=r"0-1 cannot be opened for writing and locked \(Read-only file system\), as"):
+        store.claim()

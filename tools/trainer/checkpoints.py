@@ -407,6 +407,7 @@ class Checkpointer:
                 print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
             self.check_rows(source, saved)
             if copy_rows and not self.has(store, name_here(saved, growth)):
+                all_agree(store.lock)  # a table that another process has open would come upon the new files
                 store.write_snapshot(name_here(saved, growth), share_of(rows_of(source, saved, growth)))
 
     def check_rows(self, source, saved):

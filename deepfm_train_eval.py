@@ -191,7 +191,7 @@ def add_storage_options(parser):
     tables.add_argument("--store_type", choices=STORE_TYPES, default="cached_host_mem",
                         help="where OneEmbedding keeps the tables on CUDA; without CUDA they live in host memory")
     tables.add_argument("--cache_memory_budget_mb", type=NATURAL, default=1024,
-                        help="GPU cache per device and table in megabytes, for cached_host_mem and cached_ssd")
+                        help="GPU cache per device and table in megabytes, at most, for cached_host_mem and cached_ssd")
     tables.add_argument("--overwrite_tables", action="store_true",
                         help="delete the rows and checkpoints that an earlier run left in the given folders")
 
@@ -339,9 +339,10 @@ def make_store_options(store_type, store, capacity, cache_memory_budget_mb):
               "physical_block_size": chunks.BLOCK_SIZE}
     if store_type == "device_mem":
         return flow.one_embedding.make_device_mem_store_options(**common)
+    common["cache_budget_mb"] = min(cache_memory_budget_mb, store.cache_mb(capacity))
     if store_type == "cached_host_mem":
-        return flow.one_embedding.make_cached_host_mem_store_options(cache_budget_mb=cache_memory_budget_mb, **common)
-    return flow.one_embedding.make_cached_ssd_store_options(cache_budget_mb=cache_memory_budget_mb, **common)
+        return flow.one_embedding.make_cached_host_mem_store_options(**common)
+    return flow.one_embedding.make_cached_ssd_store_options(**common)
 
 
 class OneEmbeddingTable(flow.one_embedding.MultiTableEmbedding):

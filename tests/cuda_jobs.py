@@ -32,7 +32,6 @@ from tools.converter.encoders import Encoder
 from tools.trainer.checkpoints import prepare_new_run
 from tools.trainer.tables import TableStore
 
-
 # --------------------------------------------------------------------------------------------------- the trainer's runs
 
 

@@ -232,8 +232,8 @@ def test_a_table_that_another_process_has_open_is_left_alone(day, tmp_path, monk
     with locked(tmp_path / "t" / "0-1" / "LOCK"):
         error = fails("--model_load_dir", best(day), "--predict", day / "new.csv", "--predict_output",
                       tmp_path / "p.csv", "--device", "cuda", "--persistent_path", store.path)
-    assert error == (f"error: another process has the table in {store.path}/0-1 open, and on CUDA only one can; wait for "
-                     "its end, give another --persistent_path, to which the rows are copied, or use --device cpu")
+    assert error == (f"error: another process has the table in {store.path}/0-1 open, and on CUDA only one can; wait "
+                     "for its end, give another --persistent_path, to which the rows are copied, or use --device cpu")
     assert sorted(tmp_path.rglob("*")) == before
 
 

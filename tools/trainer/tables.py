@@ -147,6 +147,14 @@ class TableStore:
             raise UserError(f"{folder} cannot be opened for writing and locked ({error.strerror}), as OneEmbedding on "
                             f"CUDA does; {advice}") from None
 
+    def cache_mb(self, capacity):
+        """Megabytes of a GPU cache that has room for a process's share of `capacity` rows.
+
+        OneEmbedding takes all of a cache's memory at once, and 9 bytes a row for key and age on top (lru_cache.cu). A
+        row goes to one of the cache's sets of 32 by a hash; with half as much again, one in 1,000 finds its set full.
+        """
+        return math.ceil(1.5 * capacity / world_size() * 4 * self.width / 2**20)
+
     def sync(self):
         """Flush the rows that OneEmbedding wrote; not LOCK, where closing a descriptor would give its lock up."""
         for part in ("keys", "values", "snapshots"):

@@ -10,6 +10,7 @@ from conftest import locked
 from host_embedding import CudaOnCpu
 
 from tools.trainer import chunks, tables
+from tools.trainer.chunks import chunk_files
 from tools.trainer.cli import UserError
 from tools.trainer.startup import flow
 from tools.trainer.tables import TableStore
@@ -99,6 +100,24 @@ def test_rows_go_on_in_the_next_chunk_file(tmp_path, monkeypatch):
     write(folder, "name", 12, [(keys[:400], rows[:400]), (keys[400:], rows[400:])])
     assert sorted(chunks.chunk_numbers(folder)) == [0, 1, 2, 3]  # 3 x 85 rows each
     assert_equal(as_dict(chunks.read_rows(folder, "name", 12)), dict(zip(keys.tolist(), rows)))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_chunks_that_no_snapshot_needs_give_their_space_back(tmp_path, monkeypatch, is_open):
+    """On CUDA too, where OneEmbedding has them open. What has a second name, in a copy of links say, is left whole."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
+    folder, (keys, rows) = str(tmp_path / "0-1"), some_rows(300, 12)  # 85 in a chunk
+    write(folder, "old", 12, [(keys[:170], rows[:170])])
+    write(folder, "new", 12, [(keys[170:], rows[170:])])
+    files = [os.open(path, os.O_RDONLY) for number in range(4) for path in chunk_files(folder, number)]
+    os.link(chunk_files(folder, 1)[1], tmp_path / "second name")
+    removed = chunks.remove_unneeded(folder, ["old"], keep_last_chunk=is_open)
+    assert sorted(removed) == sorted(path for number in (0, 1) for path in chunk_files(folder, number))
+    sizes = [os.fstat(file).st_size for file in files]
+    assert (sizes[:3] == [0, 0, 0]) == is_open and min(sizes[3:]) > 0
+    for file in files:
+        os.close(file)
+    assert_equal(as_dict(chunks.read_rows(folder, "new", 12)), dict(zip(keys[170:].tolist(), rows[170:])))
 
 
 def test_a_share_without_rows(tmp_path):

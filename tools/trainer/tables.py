@@ -278,7 +278,7 @@ class TableStore:
         """Delete the snapshots `unwanted` and the chunks that no snapshot needs any more.
 
         Each process cares for its own folder, the first one on a disk for those of other numbers of processes.
-        keep_last_chunk: OneEmbedding on CUDA still appends to it.
+        keep_last_chunk: OneEmbedding on CUDA still appends to it, and needs the chunks of the last snapshot only.
         """
         others = set(self.existing_folders()) - set(self.folders(world_size())) if self.leads() else set()
         for folder in {self.own_folder()} & set(self.existing_folders()) | others:

@@ -41,14 +41,7 @@ from tools.serving.output import check_output, check_suffix
 from tools.serving.predictor import Predictor, write_predictions
 from tools.trainer import checkpoints, chunks, cpu, metrics, run_log, tensors
 from tools.trainer.arguments import check_arguments
-from tools.trainer.batches import (
-    draw_masks,
-    eval_batches,
-    keep_probability,
-    prefetched,
-    steps_per_epoch,
-    train_batches,
-)
+from tools.trainer.batches import draw_masks, eval_batches, keep_probability, prefetched, steps_per_epoch, train_batches
 from tools.trainer.cli import (
     Parser,
     UserError,
@@ -70,7 +63,7 @@ from tools.trainer.dataset import (
     extra_columns,
     read_dataset,
 )
-from tools.trainer.files import hold, sync
+from tools.trainer.files import hold
 from tools.trainer.peers import run_together
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import (
@@ -88,7 +81,7 @@ from tools.trainer.processes import (
 from tools.trainer.progress import Progress, trained_epoch
 from tools.trainer.run_record import write_record
 from tools.trainer.schedule import LONGEST, TRAIN_STEP, BiasCorrection, Factors, WarmUp
-from tools.trainer.tables import OPTIMIZERS, Growth, TableStore, hold_paths
+from tools.trainer.tables import OPTIMIZERS, Growth, TableStore, check_batch_size, hold_paths
 
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
 for category in (FutureWarning, DeprecationWarning, UserWarning):
@@ -198,7 +191,7 @@ def add_storage_options(parser):
     tables.add_argument("--store_type", choices=STORE_TYPES, default="cached_host_mem",
                         help="where OneEmbedding keeps the tables on CUDA; without CUDA they live in host memory")
     tables.add_argument("--cache_memory_budget_mb", type=NATURAL, default=1024,
-                        help="GPU cache per device and table in megabytes, for cached_host_mem and cached_ssd")
+                        help="GPU cache per device and table in megabytes, at most, for cached_host_mem and cached_ssd")
     tables.add_argument("--overwrite_tables", action="store_true",
                         help="delete the rows and checkpoints that an earlier run left in the given folders")
 
@@ -346,9 +339,10 @@ def make_store_options(store_type, store, capacity, cache_memory_budget_mb):
               "physical_block_size": chunks.BLOCK_SIZE}
     if store_type == "device_mem":
         return flow.one_embedding.make_device_mem_store_options(**common)
+    common["cache_budget_mb"] = min(cache_memory_budget_mb, store.cache_mb(capacity))
     if store_type == "cached_host_mem":
-        return flow.one_embedding.make_cached_host_mem_store_options(cache_budget_mb=cache_memory_budget_mb, **common)
-    return flow.one_embedding.make_cached_ssd_store_options(cache_budget_mb=cache_memory_budget_mb, **common)
+        return flow.one_embedding.make_cached_host_mem_store_options(**common)
+    return flow.one_embedding.make_cached_ssd_store_options(**common)
 
 
 class OneEmbeddingTable(flow.one_embedding.MultiTableEmbedding):
@@ -379,7 +373,7 @@ class Cuda:
     full cache does not check it, so it must not be too small; rows live at PATH/<rank>-<number of processes>, snapshots
     at .../snapshots/NAME, and a missing snapshot is only logged, so a checkpoint's is checked before loading; a key
     belongs to the rank given by OneFlow's ShardingHash, which the persistent table writer also uses; a table lives
-    until the process ends, and no second one may have its name.
+    until the process ends, no second one may have its name, and no other process may have its folder open.
     """
 
     name = "cuda"
@@ -393,14 +387,14 @@ class Cuda:
         """A table of the model; number: of the table in it, so that each has initial values of its own."""
         capacity = store.num_ids + 1  # with the padding row
         options = make_store_options(store_type, store, capacity, cache_memory_budget_mb)
-        return OneEmbeddingTable(store.name, store.dim, self.placement, options, 2 * seed + number)
+        return OneEmbeddingTable(store.claim(), store.dim, self.placement, options, 2 * seed + number)
 
     def look_up(self, table, ids):
         return table(ids)
 
     def save_rows(self, table, store, snapshot, moments):
         table.save_snapshot(snapshot)
-        sync(store.folder(rank(), world_size()))
+        store.sync()
 
     def load_rows(self, table, store, snapshot, blocks, with_moments):
         table.load_snapshot(snapshot)
@@ -623,11 +617,17 @@ class DeepFM(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] not in TABLES]
 
 
-def make_tables(args, num_ids):
-    """The records of the model's tables: vectors of the second order and the DNN, weights of the first order."""
+def make_tables(args, dataset):
+    """The records of the model's tables: vectors of the second order and the DNN, weights of the first order.
+
+    Raises: UserError where a batch has more ids than OneEmbedding can take.
+    """
     widths = {"embedding": args.embedding_vec_size, "embedding_fm": 1}
-    return [TableStore(name, option, getattr(args, option), widths[name], num_ids, args.optimizer)
-            for name, option in TABLES.items()]
+    tables = [TableStore(name, option, getattr(args, option), widths[name], dataset.num_ids, args.optimizer)
+              for name, option in TABLES.items()]
+    if DEVICES[args.device].one_embedding:
+        check_batch_size(tables, args.batch_size, len(dataset.columns))
+    return tables
 
 
 def build_model(args, device, tables, dataset):
@@ -1089,7 +1089,7 @@ def open_checkpoint(args, folder, dataset=None):
 
 def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
     """(Trainer, its Checkpointer); folder: checkpoint to load, or None for a new model; run_id: of this run."""
-    device, tables = DEVICES[args.device](), make_tables(args, dataset.num_ids)
+    device, tables = DEVICES[args.device](), make_tables(args, dataset)
     checkpointer = checkpoints.Checkpointer(
         save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
         checksums=not args.skip_checksums)
@@ -1129,7 +1129,7 @@ def save_dir_of(args):
 
 def start_run(args, dataset):
     """A new, continued or resumed run -> (Trainer, Checkpointer, step it resumes from or None)"""
-    save_dir, tables = save_dir_of(args), make_tables(args, dataset.num_ids)
+    save_dir, tables = save_dir_of(args), make_tables(args, dataset)
     if args.resume:
         checkpoints.prepare_resume(save_dir, tables)
     else:

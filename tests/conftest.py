@@ -143,6 +143,19 @@ def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120
     return tuple(map("".join, zip(*outputs)))
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Another process has locked a file with fcntl, as OneFlow does. Raises: CalledProcessError where it cannot."""
+    script = ("import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+              "print(flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as process:
+        if not process.stdout.readline():
+            raise subprocess.CalledProcessError(process.wait(), script)
+        yield
+        process.stdin.close()
+
+
 def at_the_same_time(*works):
     """What the functions return, which wait for processes."""
     with ThreadPoolExecutor(len(works)) as pool:

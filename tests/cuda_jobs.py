@@ -1,8 +1,7 @@
 """What test_cuda.py does on a GPU, many jobs in one process: python tests/cuda_jobs.py JSON, a list of jobs.
 
 A job is [name, function of this module, arguments]. When one has ended, a line "RESULT {name, seconds, value}" goes to
-stdout. Without a GPU the store of host_embedding.py takes OneEmbedding's place. Tables live until the process ends, and
-no two may have one name, so each gets a number.
+stdout. Without a GPU the store of host_embedding.py takes OneEmbedding's place.
 """
 
 import contextlib
@@ -32,12 +31,6 @@ from deepfm_train_eval import DNN, OneEmbedding, parse_args, read_dataset, start
 from tools.converter.encoders import Encoder
 from tools.trainer.checkpoints import prepare_new_run
 from tools.trainer.tables import TableStore
-
-
-def number_tables():
-    make_table, number = trainer_module.OneEmbeddingTable, itertools.count()
-    trainer_module.OneEmbeddingTable = lambda name, *args: make_table(f"{name}_{next(number)}", *args)
-
 
 # --------------------------------------------------------------------------------------------------- the trainer's runs
 
@@ -230,7 +223,6 @@ def main():
 
         host_embedding.install()
     prepare_run(on_cpu=False)
-    number_tables()
     for name, function, arguments in json.loads(sys.argv[1]):
         start = time.perf_counter()
         value = globals()[function](*arguments)

@@ -3,10 +3,12 @@
 `install` puts stand-ins in place of what has no CPU kernels: the store behind OneEmbeddingHandler, the lookup, the
 update of looked-up rows alone. All else of the CUDA path runs as it is, on CPU tensors: class Cuda with its tables,
 masks and optimizer, checkpoints with snapshots in OneEmbedding's format. The rules are those of OneFlow's sources: no
-two tables of one name in a process, a table opens its files at once and a snapshot that is missing is passed over, a
-row is kept from the first training step that looks it up. For one process.
+two tables of one name in a process, a table locks its folder and opens its files at once and lives until the process
+ends, a snapshot that is missing is passed over. A row is kept from the first training step that looks it up, as with
+OneFlow 0.8.0 and device_mem; with 0.9.0 and the two cached stores an evaluation makes rows too. For one process.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -47,7 +49,7 @@ class Handler:
         self.names.add(options["name"])
         self.folder, self.width = os.path.join(store["persistent_table"]["path"], "0-1"), options["storage_dim"]
         self.rows = store["persistent_table"]["capacity_hint"]
-        self.writer("opened").close()  # makes the files of an empty table, or checks those that are there
+        self.write("opened", [], np.empty((0, self.width), np.float32))  # makes an empty table, or checks what is there
         shutil.rmtree(os.path.join(self.folder, "snapshots", "opened"))
 
     def begin(self, dim, values):
@@ -59,8 +61,16 @@ class Handler:
     def arguments(self, name):
         return [self.folder], name, flow.int64, flow.float, self.width
 
-    def writer(self, name):
-        return flow.one_embedding.make_persistent_table_writer(*self.arguments(name), physical_block_size=BLOCK_SIZE)
+    def write(self, name, keys, rows):
+        """A snapshot of the rows; OneFlow's writer opens the folder as the table does, and gives up its lock."""
+        writer = flow.one_embedding.make_persistent_table_writer(*self.arguments(name), physical_block_size=BLOCK_SIZE)
+        if len(keys):
+            writer.write(keys, rows)
+        writer.close()
+        self.lock()
+
+    def lock(self):
+        fcntl.lockf(os.open(os.path.join(self.folder, "LOCK"), os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def new_rows(self, seed=0):
         return np.random.default_rng(seed).normal(0, INIT_STD, self.moments[0].shape).astype(np.float32)
@@ -68,9 +78,7 @@ class Handler:
     def SaveSnapshot(self, name):
         [keys] = np.nonzero(self.kept)
         rows = np.concatenate([self.values(), *self.moments], axis=1)
-        writer = self.writer(name)
-        writer.write(keys, rows[keys])
-        writer.close()
+        self.write(name, keys, rows[keys])
 
     def LoadSnapshot(self, name):
         if not os.path.exists(os.path.join(self.folder, "snapshots", name, "LIST")):
@@ -82,6 +90,7 @@ class Handler:
             value, *moments = np.split(rows, 1 + len(self.parts), axis=1)
             self.values()[keys], self.moments[:, keys] = value, moments
         reader.close()
+        self.lock()  # the reader of 0.8.0 gives it up
 
 
 class HostTable(OneEmbeddingTable):

@@ -198,7 +198,7 @@ def test_the_usage_parses():
 @pytest.mark.parametrize("store_type", trainer_module.STORE_TYPES)
 def test_store_options(store_type, tmp_path, optimizer, size_factor):
     table = TableStore("embedding", "persistent_path", str(tmp_path), 8, 999, optimizer)
-    options = make_store_options(store_type, table, 1000, 256)
+    options = make_store_options(store_type, table, 10**7, 256)
     store = options["kv_store"]
     assert (options["size_factor"], store["persistent_table"]["path"]) == (size_factor, str(tmp_path))
     assert store["persistent_table"]["physical_block_size"] == 4096
@@ -211,6 +211,15 @@ def test_store_options(store_type, tmp_path, optimizer, size_factor):
     assert [(cache["policy"], cache["value_memory_kind"]) for cache in caches] == expected[store_type]
     for cache in caches:
         if cache["policy"] == "full":
-            assert cache["capacity"] == 1000
+            assert cache["capacity"] == 10**7
         else:
             assert cache["cache_memory_budget_mb"] == 256
+
+
+@pytest.mark.parametrize("store_type", ["cached_host_mem", "cached_ssd"])
+@pytest.mark.parametrize("dim, rows, budget_mb", [(8, 1000, 1), (8, 10**6, 138), (1, 10**6, 18)])
+def test_a_gpu_cache_is_not_larger_than_one_for_all_rows(store_type, dim, rows, budget_mb):
+    """OneEmbedding takes all of it at once. 12 D bytes a row with Adam, and half as much again."""
+    table = TableStore("embedding", "persistent_path", "tables", dim, rows)
+    [cache, *_] = make_store_options(store_type, table, rows, 256)["kv_store"]["caches"]
+    assert cache["cache_memory_budget_mb"] == budget_mb

@@ -10,6 +10,8 @@ import subprocess
 from collections import namedtuple
 from pathlib import Path
 
+import conftest
+import host_embedding
 import numpy as np
 import oneflow as flow
 import pyarrow.parquet as pq
@@ -29,6 +31,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import deepfm_train_eval as trainer_module
 from tools.trainer import checkpoints
+from tools.trainer.chunks import chunk_files, chunk_numbers
 from tools.trainer.cli import UserError
 from tools.trainer.files import hold
 from tools.trainer.tables import TableStore
@@ -813,6 +816,48 @@ def test_full_disk_stops_before_anything_is_written(monkeypatch, fails, run_here
     run_here(*options)
     new = [path for path in work.rglob("*") if path.is_file() and path not in before]
     assert sum(path.stat().st_size for path in new) < needed * 2**20
+
+
+@pytest.fixture
+def cuda_trainer(shared_dataset_dir, tmp_path, monkeypatch):
+    """A new model on the stand-in for OneEmbedding, which saved its start: tables without rows."""
+    host_embedding.install(monkeypatch.setattr)
+    monkeypatch.setattr(conftest, "enlarge_rows", lambda model: None)
+    (tmp_path / "save").mkdir()
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--device", "cuda", "--model_save_dir", tmp_path / "save")
+    trainer.checkpointer.save(trainer, ["first"])
+    return trainer
+
+
+def test_full_disk_on_cuda_is_one_line(cuda_trainer, tmp_path, monkeypatch):
+    """OneFlow would abort in the middle of a snapshot."""
+    before, cuda_trainer.step = sorted(tmp_path.rglob("*")), 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, 0))
+    with pytest.raises(UserError, match="saving a checkpoint needs .* MiB on the disk of .* only 0.0 MiB are free"):
+        cuda_trainer.checkpointer.save(cuda_trainer, ["second"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_batch_too_large_for_oneembedding_is_one_line(fails, finished, shared_dataset_dir, tmp_path, monkeypatch):
+    """Before anything of an earlier run is deleted. It has 85 rows of 12 floats in a block, 341 of 3."""
+    host_embedding.install(monkeypatch.setattr)
+    work = copy_of(finished[0], tmp_path / "work")
+    before = sorted(tmp_path.rglob("*"))
+    error = fails(shared_dataset_dir, work, "--overwrite_tables", "--model_save_dir", work / "save", "--device", "cuda",
+                  "--batch_size", "349526")
+    assert error == ("error: --batch_size 349526 with 3 columns of ids looks up 1048578 ids in a step, but "
+                     "OneEmbedding on CUDA can take 1048560 only; use --batch_size 349520 or less")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("step, left", [(0, [1, 2]), (1, [2])])
+def test_what_an_evaluation_appended_stays_until_it_is_in_a_snapshot(cuda_trainer, step, left):
+    """A second checkpoint of one step makes no snapshot, but OneEmbedding may have rows that are in none."""
+    folder, cuda_trainer.step = cuda_trainer.checkpointer.stores[0].own_folder(), step
+    for path in [path for chunk in (1, 2) for path in chunk_files(folder, chunk)]:
+        Path(path).touch()
+    cuda_trainer.checkpointer.save(cuda_trainer, ["second"])
+    assert sorted(chunk_numbers(folder)) == left
 
 
 def test_needed_space_is_what_is_written(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import encode_rows
 import export_embeddings
+import host_embedding
 import numpy as np
 import pack_checkpoint
 import pandas as pd
@@ -21,12 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 import score_onnx
 import table_to_parquet
-from conftest import ROOT
+from conftest import ROOT, locked
 
 import deepfm_train_eval as trainer_module
 from tools.converter.encoders import Encoder
-from tools.trainer import checkpoints
+from tools.trainer import checkpoints, chunks
 from tools.trainer.cli import UserError
+from tools.trainer.tables import TableStore
 
 USERS = [f"u{i}" for i in range(60)] + ["日本 ü", 'with "quotes", and comma', "a token of more than eight bytes"]
 TRAIN = ["--device", "cpu", "--dnn", "12,8", "--embedding_vec_size", "4", "--batch_size", "200", "--learning_rate",
@@ -212,6 +214,27 @@ def test_wrong_raw_values_raise(day):
 def test_load_never_ends_the_process(day, options, message):
     with pytest.raises(UserError, match=message):
         trainer_module.load(best(day), **{"device": "cpu", **options})
+
+
+def test_load_on_cuda_again_and_again(day, monkeypatch):
+    """OneEmbedding keeps a table until the process ends, and aborts at a second one of the same name."""
+    host_embedding.install(monkeypatch.setattr)
+    frame = pd.read_csv(day / "day1.csv", dtype={"user": str}, nrows=50)
+    scores = [trainer_module.load(best(day), device).predict(frame) for device in ("cuda", "cuda", "cpu")]
+    assert (scores[0] == scores[1]).all() and scores[1] == pytest.approx(scores[2], abs=1e-6)
+
+
+def test_a_table_that_another_process_has_open_is_left_alone(day, tmp_path, monkeypatch, fails):
+    host_embedding.install(monkeypatch.setattr)
+    store = TableStore("embedding", "persistent_path", str(tmp_path / "t"), 4, 9)
+    chunks.make_empty_table(store.own_folder(), store.width, str(tmp_path / "t" / "empty"))
+    before = sorted(tmp_path.rglob("*"))
+    with locked(tmp_path / "t" / "0-1" / "LOCK"):
+        error = fails("--model_load_dir", best(day), "--predict", day / "new.csv", "--predict_output",
+                      tmp_path / "p.csv", "--device", "cuda", "--persistent_path", store.path)
+    assert error == (f"error: another process has the table in {store.path}/0-1 open, and on CUDA only one can; wait "
+                     "for its end, give another --persistent_path, to which the rows are copied, or use --device cpu")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_threads_are_told(day):

@@ -1,11 +1,17 @@
 """Files of OneEmbedding's table format: written and read here, against OneFlow's own reader and writer."""
 
 import os
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import locked
+from host_embedding import CudaOnCpu
 
-from tools.trainer import chunks
+from tools.trainer import chunks, tables
+from tools.trainer.chunks import chunk_files
+from tools.trainer.cli import UserError
 from tools.trainer.startup import flow
 from tools.trainer.tables import TableStore
 
@@ -96,6 +102,24 @@ def test_rows_go_on_in_the_next_chunk_file(tmp_path, monkeypatch):
     assert_equal(as_dict(chunks.read_rows(folder, "name", 12)), dict(zip(keys.tolist(), rows)))
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_chunks_that_no_snapshot_needs_give_their_space_back(tmp_path, monkeypatch, is_open):
+    """On CUDA too, where OneEmbedding has them open. What has a second name, in a copy of links say, is left whole."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
+    folder, (keys, rows) = str(tmp_path / "0-1"), some_rows(300, 12)  # 85 in a chunk
+    write(folder, "old", 12, [(keys[:170], rows[:170])])
+    write(folder, "new", 12, [(keys[170:], rows[170:])])
+    files = [os.open(path, os.O_RDONLY) for number in range(4) for path in chunk_files(folder, number)]
+    os.link(chunk_files(folder, 1)[1], tmp_path / "second name")
+    removed = chunks.remove_unneeded(folder, ["old"], keep_last_chunk=is_open)
+    assert sorted(removed) == sorted(path for number in (0, 1) for path in chunk_files(folder, number))
+    sizes = [os.fstat(file).st_size for file in files]
+    assert (sizes[:3] == [0, 0, 0]) == is_open and min(sizes[3:]) > 0
+    for file in files:
+        os.close(file)
+    assert_equal(as_dict(chunks.read_rows(folder, "new", 12)), dict(zip(keys[170:].tolist(), rows[170:])))
+
+
 def test_a_share_without_rows(tmp_path):
     store = TableStore("embedding", "persistent_path", str(tmp_path), 2, 9)
     store.write_snapshot("none", [])
@@ -113,3 +137,23 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         store.write_snapshot("second", blocks)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_table_on_cuda_is_locked_until_the_process_ends(tmp_path):
+    """Also after its rows were saved, where each file is opened and closed."""
+    store = TableStore("embedding", "persistent_path", str(tmp_path), 2, 9)
+    assert len({store.claim() for _ in range(2)}) == 2
+    store.write_snapshot("first", [(np.arange(9), np.ones((9, 6), np.float32))])
+    CudaOnCpu().save_rows(SimpleNamespace(save_snapshot=lambda name: None), store, "first", [])
+    with pytest.raises(CalledProcessError), locked(f"{store.own_folder()}/LOCK"):
+        pass
+
+
+def test_a_table_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(30, "Read-only file system", path)
+
+    store = TableStore("embedding", "persistent_path", str(tmp_path), 2, 9)
+    monkeypatch.setattr(tables, "lock_for_good", refuse)
+    with pytest.raises(UserError, match=r"0-1 cannot be opened for writing and locked \(Read-only file system\), as"):
+        store.claim()

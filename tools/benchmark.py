@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is found from any folder
 import benchmark_conversion
 import benchmark_serving
-from benchmark_workers import make_dataset, output_lines, save_batches
+from benchmark_workers import last_words, make_dataset, output_lines, save_batches
 
 from tools.trainer import cli
 from tools.trainer.cli import Parser, UserError, int_list, number
@@ -405,7 +404,7 @@ def gpu_results(work, args, processes, store, amp):
     options = [*model_options(args.dnn, args.net_dropout, "lazy"), "--batch_size", str(args.batch_size), "--device",
                "cuda", "--store_type", store, *(["--amp"] if amp else [])]  # fmt: skip
     launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes)] if processes > 1 else []
-    left, words = ["from parquet", "same batch"], deque(maxlen=15)
+    left, words = ["from parquet", "same batch"], []
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         spec = {"data_dir": f"{work}/data", "work_dir": scratch, "options": options, "steps": args.steps}
         process = subprocess.Popen([sys.executable, *launch, WORKERS, "gpu", json.dumps(spec)], stdout=subprocess.PIPE,
@@ -416,7 +415,7 @@ def gpu_results(work, args, processes, store, amp):
             else:
                 words.append(line)
     for data in left:
-        yield data, {"error": [*words, f"ended with status {process.returncode}"]}
+        yield data, {"error": [*last_words(words, 15), f"ended with status {process.returncode}"]}
 
 
 def gpu_cells(runs):
@@ -425,8 +424,8 @@ def gpu_cells(runs):
     if values[0] is not None:
         return [f"{values[0]:.2f}", *(f"{value:.0f}" for value in values[1:])]
     words = runs[-1]["error"]
-    reasons = [word for word in words if "Check failed" in word or "rror" in word]
-    return [f"failed: {cli.brief((reasons or words)[-1], 200)} ({words[-1]})"]
+    reasons = [word for word in words if "Check failed" in word] or [word for word in words if "rror" in word] or words
+    return [f"failed: {cli.brief(reasons[-1], 200)} ({words[-1]})"]
 
 
 # --------------------------------------------------------------------------------------------------------------- loader

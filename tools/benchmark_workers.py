@@ -53,6 +53,11 @@ def output_lines(process, patience):
             process.wait()
 
 
+def last_words(lines, number):
+    """The last lines of a process that failed, behind those further up that say why: OneFlow's stack is long."""
+    return [line for line in lines[:-number] if "Check failed" in line or "rror:" in line] + lines[-number:]
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 
 

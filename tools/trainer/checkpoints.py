@@ -307,13 +307,13 @@ class Checkpointer:
         snapshot = f"{self.run_id}-step_{trainer.step}"
         dense = trainer.dense_tensors()
         missing = [store for store in self.stores if not self.has(store, snapshot)]
-        if not self.appends:
-            all_agree(self.check_space, missing, dense, len(names))
+        all_agree(self.check_space, missing, dense, len(names))
         for store in missing:  # one that was saved at this step already is in use: replacing it could leave it half
             self.explain_failure(trainer.save_rows, store, snapshot)
         tables = {store.name: self.describe(store, snapshot) for store in self.stores}
         self.explain_failure(on_rank0, self.write, names, {**trainer.state(), "tables": tables}, dense)
-        self.prune()
+        if missing or not self.appends:  # else there may be rows in chunks that no snapshot has: evaluations append too
+            self.prune()
 
     def has(self, store, snapshot):
         """Whether every process has a snapshot already."""
@@ -407,6 +407,7 @@ class Checkpointer:
                 print_rank0(f"Reading the rows of {store.name} from {source.path}, where the checkpoint was saved")
             self.check_rows(source, saved)
             if copy_rows and not self.has(store, name_here(saved, growth)):
+                all_agree(store.lock)  # a table that another process has open would come upon the new files
                 store.write_snapshot(name_here(saved, growth), share_of(rows_of(source, saved, growth)))
 
     def check_rows(self, source, saved):

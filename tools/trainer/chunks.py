@@ -217,7 +217,10 @@ def write_checksums(folder, name, known):
 
 
 def remove_unneeded(folder, unwanted, keep_last_chunk):
-    """Delete the snapshots `unwanted` and the chunks that no snapshot needs any more; returns the paths of these."""
+    """Delete the snapshots `unwanted` and the chunks that no snapshot needs any more; returns the paths of these.
+
+    keep_last_chunk: OneEmbedding on CUDA has the files open; it appends to the last chunk and reads those of its rows.
+    """
     for name in unwanted:
         remove(os.path.join(folder, "snapshots", name))
     needed = {chunk_of(name) for snapshot in list_folder(os.path.join(folder, "snapshots"))
@@ -227,6 +230,8 @@ def remove_unneeded(folder, unwanted, keep_last_chunk):
         needed.add(max(chunks))
     paths = [path for chunk in chunks - needed for path in chunk_files(folder, chunk) if os.path.lexists(path)]
     for path in paths:
+        if keep_last_chunk and not os.path.islink(path) and os.stat(path).st_nlink == 1:
+            os.truncate(path, 0)  # an open file would keep its space until the process ends
         remove(path)
     return paths
 

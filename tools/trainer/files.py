@@ -198,3 +198,12 @@ def hold(folder, held, message):
         raise UserError(message) from None
     except OSError:
         pass  # a network file system without locks
+
+
+def lock_for_good(path):
+    """Lock a file as OneFlow does, with fcntl, until the process ends; not against this process.
+
+    Raises: BlockingIOError when another process has locked it; any other OSError when that cannot be.
+    """
+    descriptor = os.open(path, os.O_RDWR)  # stays open: closing any one gives up all locks of the process on the file
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ where a process trains a range of ids, rows are dealt out over the network while
 a path, locking it and clearing it of an earlier run, is done by the first of the processes that share it.
 """
 
+import itertools
 import math
 import os
 import re
@@ -16,13 +17,14 @@ import numpy as np
 
 from tools.trainer import chunks
 from tools.trainer.cli import UserError
-from tools.trainer.files import hold, list_folder, remove
+from tools.trainer.files import hold, list_folder, lock_for_good, remove, sync
 from tools.trainer.processes import all_agree, exchange, from_rank0, gather, rank, world_size
 
 OPTIMIZERS = {"adam": ("m", "v"), "adagrad": ("sum",)}  # what each keeps for a number, in the order of a stored row
 GROWTH_ROWS = 1 << 16  # new rows that are made at a time
 SCRATCH, PRESENT = ".deepfm-writing-", ".deepfm-process-"
 COMPANIONS = {}  # {path: ranks}, see `companions`
+CLAIMS = itertools.count()  # of this process, see `TableStore.claim`
 
 
 def companions(path):
@@ -116,6 +118,47 @@ class TableStore:
         for name in list_folder(self.path):
             if name.startswith((SCRATCH, PRESENT)):
                 remove(os.path.join(self.path, name))
+
+    # --- for OneEmbedding on CUDA -------------------------------------------------------------------------------------
+
+    def claim(self):
+        """Make the folders ready for OneEmbedding; returns a name that none of its tables in this process had before.
+
+        All processes call it. Raises: UserError where OneEmbedding would abort.
+        """
+        all_agree(self.lock)
+        return f"{self.name}_{next(CLAIMS)}"
+
+    def lock(self):
+        """Lock this process's folder as OneEmbedding does, until the process ends; one that is missing is made."""
+        folder = self.own_folder()
+        if not os.path.exists(folder):
+            scratch = os.path.join(self.path, f"{SCRATCH}{rank()}")
+            remove(scratch)
+            chunks.make_empty_table(folder, self.width, scratch)
+        chunks.check_folder(folder, self.width, self.dim)
+        advice = f"give another --{self.option}, to which the rows are copied, or use --device cpu"
+        try:
+            lock_for_good(os.path.join(folder, "LOCK"))
+        except BlockingIOError:
+            raise UserError(f"another process has the table in {folder} open, and on CUDA only one can; wait for its "
+                            f"end, {advice}") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be opened for writing and locked ({error.strerror}), as OneEmbedding on "
+                            f"CUDA does; {advice}") from None
+
+    def cache_mb(self, capacity):
+        """Megabytes of a GPU cache that has room for a process's share of `capacity` rows.
+
+        OneEmbedding takes all of a cache's memory at once, and 9 bytes a row for key and age on top (lru_cache.cu). A
+        row goes to one of the cache's sets of 32 by a hash; with half as much again, one in 1,000 finds its set full.
+        """
+        return math.ceil(1.5 * capacity / world_size() * 4 * self.width / 2**20)
+
+    def sync(self):
+        """Flush the rows that OneEmbedding wrote; not LOCK, where closing a descriptor would give its lock up."""
+        for part in ("keys", "values", "snapshots"):
+            sync(os.path.join(self.own_folder(), part))
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -235,12 +278,27 @@ class TableStore:
         """Delete the snapshots `unwanted` and the chunks that no snapshot needs any more.
 
         Each process cares for its own folder, the first one on a disk for those of other numbers of processes.
-        keep_last_chunk: OneEmbedding on CUDA still appends to it.
+        keep_last_chunk: OneEmbedding on CUDA still appends to it, and needs the chunks of the last snapshot only.
         """
         others = set(self.existing_folders()) - set(self.folders(world_size())) if self.leads() else set()
         for folder in {self.own_folder()} & set(self.existing_folders()) | others:
             for path in chunks.remove_unneeded(folder, unwanted, keep_last_chunk):
                 self.known.pop(path, None)
+
+
+def check_batch_size(stores, batch_size, columns):
+    """Raise a UserError for a batch with more ids than OneEmbedding on CUDA can take.
+
+    It makes room for a block of the disk for each id that no cache has, and when saving for each of as many rows as a
+    batch has ids, rounded up to whole blocks of rows. That size in bytes is a number of 32 bits; when it is too large,
+    other memory is written over (PersistentTableImpl::Get and Put, persistent_table.cpp).
+    """
+    most = min((2**32 - 1) // chunks.block_bytes(store.width) // chunks.rows_per_block(store.width)
+               * chunks.rows_per_block(store.width) for store in stores)
+    if batch_size * columns > most:
+        fits = most // columns // world_size() * world_size()
+        raise UserError(f"--batch_size {batch_size} with {columns} columns of ids looks up {batch_size * columns} ids "
+                        f"in a step, but OneEmbedding on CUDA can take {most} only; use --batch_size {fits} or less")
 
 
 class Growth:

@@ -81,7 +81,7 @@ from tools.trainer.processes import (
 from tools.trainer.progress import Progress, trained_epoch
 from tools.trainer.run_record import write_record
 from tools.trainer.schedule import LONGEST, TRAIN_STEP, BiasCorrection, Factors, WarmUp
-from tools.trainer.tables import OPTIMIZERS, Growth, TableStore, check_batch_size, hold_paths
+from tools.trainer.tables import OPTIMIZERS, Growth, TableStore, hold_paths
 
 # petastorm uses pyarrow's legacy interfaces, which warn with every row group, and warns of columns that nobody reads
 for category in (FutureWarning, DeprecationWarning, UserWarning):
@@ -617,17 +617,11 @@ class DeepFM(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] not in TABLES]
 
 
-def make_tables(args, dataset):
-    """The records of the model's tables: vectors of the second order and the DNN, weights of the first order.
-
-    Raises: UserError where a batch has more ids than OneEmbedding can take.
-    """
+def make_tables(args, num_ids):
+    """The records of the model's tables: vectors of the second order and the DNN, weights of the first order."""
     widths = {"embedding": args.embedding_vec_size, "embedding_fm": 1}
-    tables = [TableStore(name, option, getattr(args, option), widths[name], dataset.num_ids, args.optimizer)
-              for name, option in TABLES.items()]
-    if DEVICES[args.device].one_embedding:
-        check_batch_size(tables, args.batch_size, len(dataset.columns))
-    return tables
+    return [TableStore(name, option, getattr(args, option), widths[name], num_ids, args.optimizer)
+            for name, option in TABLES.items()]
 
 
 def build_model(args, device, tables, dataset):
@@ -1089,7 +1083,7 @@ def open_checkpoint(args, folder, dataset=None):
 
 def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
     """(Trainer, its Checkpointer); folder: checkpoint to load, or None for a new model; run_id: of this run."""
-    device, tables = DEVICES[args.device](), make_tables(args, dataset)
+    device, tables = DEVICES[args.device](), make_tables(args, dataset.num_ids)
     checkpointer = checkpoints.Checkpointer(
         save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
         checksums=not args.skip_checksums)
@@ -1129,7 +1123,7 @@ def save_dir_of(args):
 
 def start_run(args, dataset):
     """A new, continued or resumed run -> (Trainer, Checkpointer, step it resumes from or None)"""
-    save_dir, tables = save_dir_of(args), make_tables(args, dataset)
+    save_dir, tables = save_dir_of(args), make_tables(args, dataset.num_ids)
     if args.resume:
         checkpoints.prepare_resume(save_dir, tables)
     else:

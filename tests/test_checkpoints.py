@@ -838,18 +838,6 @@ def test_full_disk_on_cuda_is_one_line(cuda_trainer, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_batch_too_large_for_oneembedding_is_one_line(fails, finished, shared_dataset_dir, tmp_path, monkeypatch):
-    """Before anything of an earlier run is deleted. It has 85 rows of 12 floats in a block, 341 of 3."""
-    host_embedding.install(monkeypatch.setattr)
-    work = copy_of(finished[0], tmp_path / "work")
-    before = sorted(tmp_path.rglob("*"))
-    error = fails(shared_dataset_dir, work, "--overwrite_tables", "--model_save_dir", work / "save", "--device", "cuda",
-                  "--batch_size", "349526")
-    assert error == ("error: --batch_size 349526 with 3 columns of ids looks up 1048578 ids in a step, but "
-                     "OneEmbedding on CUDA can take 1048560 only; use --batch_size 349520 or less")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.parametrize("step, left", [(0, [1, 2]), (1, [2])])
 def test_what_an_evaluation_appended_stays_until_it_is_in_a_snapshot(cuda_trainer, step, left):
     """A second checkpoint of one step makes no snapshot, but OneEmbedding may have rows that are in none."""

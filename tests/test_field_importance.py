@@ -47,7 +47,7 @@ def model_by_hand(work_dir, trainer):
     state = checkpoints.read_checkpoint(work_dir / CHECKPOINT)
     dense = checkpoints.read_dense(work_dir / CHECKPOINT, state)
     tables = {}
-    for store in trainer_module.make_tables(trainer.args, trainer.dataset):
+    for store in trainer_module.make_tables(trainer.args, trainer.dataset.num_ids):
         name = store.name
         tables[name] = np.full((sum(TABLE_SIZES), store.dim), np.nan)
         for keys, rows in store.read_snapshot(state["tables"][name]["snapshot"], 1):

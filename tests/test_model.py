@@ -32,8 +32,8 @@ def test_second_order_is_the_sum_over_pairs_of_fields(device):
 def test_parameter_count_of_the_published_network():
     """BARS DeepFM_criteo_x4_001: 20,112,037 parameters, 910,708 x 17 of them in the tables."""
     args = parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", "--device", "cpu"])
-    dataset = Dataset({}, [f"f{f}" for f in range(39)], [910_708] + [0] * 38)
-    model = build_model(args, CPU, make_tables(args, dataset), dataset)
+    tables = make_tables(args, 910_708)
+    model = build_model(args, CPU, tables, Dataset({}, [f"f{f}" for f in range(39)], [910_708] + [0] * 38))
     dense = sum(parameter.numel() for parameter in model.dense_parameters())
     rows = [table.weight.shape for table in model.tables().values()]
     assert rows == [(910_709, 16), (910_709, 1)]  # with a padding row that is no parameter of the model

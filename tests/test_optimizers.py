@@ -171,7 +171,7 @@ def test_rows_of_another_optimizer_are_refused(shared_dataset_dir, tmp_path):
     saver = trainer.checkpointer
     prepare_new_run(saver.save_dir, saver.stores, str(shared_dataset_dir))
     saver.save(trainer, ["start"])
-    [store, _] = trainer_module.make_tables(trainer_module.parse_args(first_options(trainer)), trainer.dataset)
+    [store, _] = trainer_module.make_tables(trainer_module.parse_args(first_options(trainer)), trainer.dataset.num_ids)
     with pytest.raises(UserError, match="rows of 8 floats, expected 3 x 4; check --embedding_vec_size, --optimizer"):
         store.check_snapshot("test-step_0", 1)
 

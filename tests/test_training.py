@@ -132,7 +132,7 @@ def test_seed_of_the_initial_values(shared_dataset_dir, tmp_path):
     runs = []
     for seed in ("1", "1", "2"):
         trainer = make_trainer(shared_dataset_dir, tmp_path, "--seed", seed)
-        tables = trainer_module.make_tables(trainer.args, trainer.dataset)
+        tables = trainer_module.make_tables(trainer.args, trainer.dataset.num_ids)
         runs.append(values_of(trainer_module.build_model(trainer.args, trainer.device, tables, trainer.dataset)))
     for name, values in runs[0].items():
         assert (values == runs[1][name]).all()

@@ -286,21 +286,6 @@ class TableStore:
                 self.known.pop(path, None)
 
 
-def check_batch_size(stores, batch_size, columns):
-    """Raise a UserError for a batch with more ids than OneEmbedding on CUDA can take.
-
-    It makes room for a block of the disk for each id that no cache has, and when saving for each of as many rows as a
-    batch has ids, rounded up to whole blocks of rows. That size in bytes is a number of 32 bits; when it is too large,
-    other memory is written over (PersistentTableImpl::Get and Put, persistent_table.cpp).
-    """
-    most = min((2**32 - 1) // chunks.block_bytes(store.width) // chunks.rows_per_block(store.width)
-               * chunks.rows_per_block(store.width) for store in stores)
-    if batch_size * columns > most:
-        fits = most // columns // world_size() * world_size()
-        raise UserError(f"--batch_size {batch_size} with {columns} columns of ids looks up {batch_size * columns} ids "
-                        f"in a step, but OneEmbedding on CUDA can take {most} only; use --batch_size {fits} or less")
-
-
 class Growth:
     """How the rows of a table move to the table of a dataset that grew.
 

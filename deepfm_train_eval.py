@@ -428,8 +428,12 @@ class Cuda:
             return {"gpu": output.stdout.strip()}
         return {}
 
-    def notes(self, args):
-        """Lines for the start of the log."""
+    def notes(self, args, columns):
+        """Lines for the start of the log; columns: of ids."""
+        if args.batch_size * columns >= 2**20:
+            # 32-bit sizes of buffers in PersistentTableImpl::Get and Put, persistent_table.cpp
+            yield (f"--batch_size {args.batch_size} looks up {args.batch_size * columns} ids a step; from 1048576 on "
+                   "OneEmbedding may end the process or damage rows when it reads or saves many of them at once")
         if args.embedding_l2 > 0:
             yield "On CUDA --embedding_l2 decays looked-up rows only, and --max_grad_norm does not clip the decay"
 

@@ -104,3 +104,10 @@ def test_warm_up_is_in_the_rate_that_tables_and_dense_parameters_share(updates):
     assert list(rate.learning_rate_decay.piecewise_scaling_conf.scales) == [0.25, 0.5, 0.75, 1, 1]
     assert rate.learning_rate == pytest.approx(1e-3)
     assert all("learning_rate" in inputs for table in found for _, inputs in found[table])
+
+
+@pytest.mark.parametrize("batch_size, columns, warns", [(10_000, 39, False), (26_886, 39, False), (26_887, 39, True)])
+def test_batches_beyond_oneembeddings_sizes_are_noted(batch_size, columns, warns):
+    args = trainer_module.parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", "--batch_size",
+                                      str(batch_size)])
+    assert any("OneEmbedding may end the process" in note for note in CudaOnCpu().notes(args, columns)) == warns

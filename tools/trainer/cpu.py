@@ -166,7 +166,7 @@ class Cpu:
     def memory(self):
         return {}
 
-    def notes(self, args):
+    def notes(self, args, columns):
         yield f"Without CUDA the tables live in host memory; --store_type {args.store_type} has no effect"
         if args.embedding_l2 > 0 or args.max_grad_norm > 0:
             yield "With --embedding_l2 or --max_grad_norm every table row is updated in each step, as in FuxiCTR"

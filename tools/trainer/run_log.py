@@ -250,7 +250,7 @@ def describe(trainer):
                 f"{dataset.num_ids * width * 4 * (1 + len(kept)) / 2**20:.1f} MiB with {args.optimizer.capitalize()}'s "
                 f"{' and '.join(kept)}; parameters {dataset.num_ids * width + dense} ({dataset.num_ids} x {width} + "
                 f"{dense})")
-    for line in trainer.device.notes(args):
+    for line in trainer.device.notes(args, len(dataset.columns)):
         print_rank0(line)
     paths = f"tables on disk: {args.persistent_path}, {args.persistent_path_fm}"
     if args.predict or args.eval_only:

@@ -3,20 +3,15 @@
 import numpy as np
 import oneflow as flow
 import pytest
+from host_embedding import CudaOnCpu
 from reference import second_order_by_loops
 
-from deepfm_train_eval import DNN, FM, Cuda, build_model, make_tables, parse_args
+from deepfm_train_eval import DNN, FM, build_model, make_tables, parse_args
 from tools.trainer.batches import draw_masks, keep_probability
 from tools.trainer.cpu import Cpu, initial_rows
 from tools.trainer.dataset import Dataset
 
 CPU = Cpu()
-
-
-class CudaOnCpu(Cuda):
-    """What runs on CUDA, on the CPU device."""
-
-    name = "cpu"
 
 
 @pytest.mark.parametrize("device", [CPU, CudaOnCpu()])

@@ -6,16 +6,11 @@ import conftest
 import oneflow as flow
 import pytest
 from conftest import batch_of, make_trainer, random_batches
+from host_embedding import CudaOnCpu
 
 import deepfm_train_eval as trainer_module
-from deepfm_train_eval import STORE_TYPES, Cuda, OneEmbeddingTable, make_store_options, to_split
+from deepfm_train_eval import STORE_TYPES, OneEmbeddingTable, make_store_options, to_split
 from tools.trainer.tables import TableStore
-
-
-class CudaOnCpu(Cuda):
-    """The CUDA path with tensors on the CPU."""
-
-    name = "cpu"
 
 
 class Handler:
@@ -108,6 +103,6 @@ def test_warm_up_is_in_the_rate_that_tables_and_dense_parameters_share(updates):
 
 @pytest.mark.parametrize("batch_size, columns, warns", [(10_000, 39, False), (26_886, 39, False), (26_887, 39, True)])
 def test_batches_beyond_oneembeddings_sizes_are_noted(batch_size, columns, warns):
-    args = trainer_module.parse_args(["--predict", "x", "--predict_output", "y", "--model_load_dir", "z", "--batch_size",
-                                      str(batch_size)])
+    args = trainer_module.parse_args(["--predict=x", "--predict_output=y", "--model_load_dir=z",
+                                      f"--batch_size={batch_size}"])
     assert any("OneEmbedding may end the process" in note for note in CudaOnCpu().notes(args, columns)) == warns

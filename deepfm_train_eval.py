@@ -1090,7 +1090,7 @@ def start_trainer(args, dataset, folder=None, to_train=True, run_id=None):
     device, tables = DEVICES[args.device](), make_tables(args, dataset.num_ids)
     checkpointer = checkpoints.Checkpointer(
         save_dir_of(args), tables, run_id=run_id, keep=args.keep_checkpoints, appends=device.one_embedding,
-        checksums=not args.skip_checksums)
+        saves_all=not device.one_embedding or args.store_type != "cached_ssd", checksums=not args.skip_checksums)
     if folder:
         growth = check_data(args, dataset, folder, to_train)
         checkpointer.prepare(folder, device.one_embedding, growth)
@@ -1131,7 +1131,7 @@ def start_run(args, dataset):
     if args.resume:
         checkpoints.prepare_resume(save_dir, tables)
     else:
-        if args.model_load_dir:  # before anything is overwritten
+        if args.model_load_dir and args.overwrite_tables:  # which comes before the model is looked at
             adopt_model(args, args.model_load_dir)
             check_data(args, dataset, args.model_load_dir, to_train=True)
         checkpoints.prepare_new_run(save_dir, tables, args.data_dir, args.model_load_dir, args.overwrite_tables)

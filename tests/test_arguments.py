@@ -111,6 +111,7 @@ def test_mistakes_end_in_one_line_and_status_2(capsys, options, message):
     ("benchmark", ["loader", "--repeat", "1"], "unrecognized arguments: --repeat; did you mean --repeats?"),
     ("inspect_dataset", [""], "data_dir is empty; give a value"),  # Path("") would be the current folder
     ("criteo_parquet", ["--input_dir", "", "--output_dir", "x"], "--input_dir is empty; give a value"),
+    ("compare_runs", ["a", ""], "runs is empty; give a value"),
 ])
 def test_a_misspelt_or_empty_option_of_a_tool(capsys, tool, words, message):
     with pytest.raises(SystemExit) as ended:

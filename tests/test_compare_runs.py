@@ -73,8 +73,10 @@ def test_an_option_that_only_one_version_has_is_a_difference(tmp_path):
 
 
 def test_options_of_a_restart_count(tmp_path):
-    info = {**run_info(epochs=1), "restarts": [{"step": 5, "options": {"epochs": 9, "resume": True}}, {"step": 7}]}
-    runs = [write_run(tmp_path / "a", info=info), write_run(tmp_path / "b", info=run_info(2, epochs=1))]
+    changes = [{"epochs": 5}, {"epochs": 9, "resume": True, "model_load_dir": None}]
+    info = {**run_info(epochs=1, model_load_dir="best"), "restarts": [{"step": 5, "options": one} for one in changes]}
+    other = run_info(2, epochs=1, model_load_dir="best")
+    runs = [write_run(tmp_path / "a", info=info), write_run(tmp_path / "b", info=other)]
     comparison = compared(*runs)
     assert comparison["runs"][0]["differs"] == {"seed": 1, "epochs": 9} and len(comparison["groups"]) == 2
 

@@ -872,10 +872,13 @@ def test_kept_columns_that_cannot_be_written(odd, tmp_path, capfd, fails):
     """By both programs alike: two columns of one name, and one of several types."""
     parts, path = tmp_path / "parts", export(odd)
     parts.mkdir()
-    for number, kind in enumerate((pa.int64(), pa.float64())):
+    for number, (kind, similar) in enumerate(((pa.int64(), pa.int32()), (pa.float64(), pa.null()))):
         table = pa.Table.from_pandas(odd_rows())
         rid = pa.array([None if number and row == 7 else row for row in range(table.num_rows)], kind)
-        pq.write_table(table.append_column("rid", rid).append_column("probability", rid), parts / f"{number}.parquet")
+        hour = pa.array([None if number else row for row in range(table.num_rows)], similar)
+        for name, column in (("rid", rid), ("probability", rid), ("hour", hour)):
+            table = table.append_column(name, column)
+        pq.write_table(table, parts / f"{number}.parquet")
     for keep, message in (("user,user", "the output would have two columns user"),
                           ("probability", "the output would have two columns probability"),
                           ("rid", "--keep_columns rid: the inputs have it as double and int64; give inputs of one")):
@@ -884,3 +887,7 @@ def test_kept_columns_that_cannot_be_written(odd, tmp_path, capfd, fails):
         assert message in fails("--model_load_dir", best(odd), "--predict", parts, "--predict_output",
                                 tmp_path / "o.parquet", "--keep_columns", keep)
     assert not list(tmp_path.glob("o.parquet*"))
+    one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"  # missing in one part, but of one type
+    assert score_onnx.main([path, str(parts), f"--output={one}", "--keep_columns", "hour"]) == 0
+    predict(odd, parts, other, "--keep_columns", "hour")
+    assert pq.read_table(one)["hour"] == pq.read_table(other)["hour"] and pq.read_table(one)["hour"].type == pa.int32()

@@ -61,7 +61,7 @@ def score(args):
     with prediction_file(args.output, kept) if args.output else Printed(kept) as file:
         for raw in raws:
             for probs, columns in model.blocks(raw, keep):
-                file.write(probs, columns)
+                file.write(probs, columns.cast(kept) if keep else None)
     if args.output:
         print(f"wrote {args.output}: {file.rows} rows")
 

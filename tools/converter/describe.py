@@ -22,9 +22,9 @@ TIME_TEXT = re.compile(r"\d{4}-\d\d-\d\d.*")
 LIST_SEPARATORS = "|;^, "
 NO_FEATURE = "a type that cannot be a feature"
 
-Column = namedtuple("Column", "name looks distinct missing examples kind note")
+Column = namedtuple("Column", "name looks distinct missing examples kind note value", defaults=(None,))
 Column.__doc__ = """What was seen: distinct values and share of missing ones among the rows looked at, examples; kind:
-option that it is proposed for; note: why, or what else the option needs."""
+option that it is proposed for; note: why, or what else the option needs; value: of --hash, or a --list_separator."""
 
 
 def look(raw):
@@ -56,11 +56,11 @@ def columns_of(raw, label=None):
     for i, column in enumerate(columns):
         if column.kind == "label" and i != best:
             columns[i] = column._replace(kind="categorical")
-    separators = [separator_of(column) for column in columns]
-    first = next(filter(None, separators), None)
-    for i, separator in enumerate(separators):
-        if separator not in (None, first):
-            note = f"or write its lists with {first!r} for {separator!r}: --list_separator is one for all"
+    lists = [i for i, column in enumerate(columns) if column.kind == "list" and column.value]
+    for i in lists:
+        first, own = columns[lists[0]].value, columns[i].value
+        if own != first:
+            note = f"or write its lists with {first!r} for {own!r}: --list_separator is one for all"
             columns[i] = columns[i]._replace(kind="drop", note=note)
     return columns, table.num_rows, complete
 
@@ -103,7 +103,7 @@ def numbers_of(column):
 
 
 def kind_of(name, looks, values, present, missing):
-    """(kind, note) of a column that is no time and no list."""
+    """(kind, note[, value]) of a column that is no time and no list."""
     distinct = len(values)
     if distinct <= 2 and not missing and all(value in LABELS for value in values.to_pylist()):
         return "label", "0 and 1 only"
@@ -123,15 +123,11 @@ def kind_of(name, looks, values, present, missing):
     if looks == "text":
         separator = likely_separator(values)
         if separator:
-            return "list", f"--list_separator {shlex.quote(separator)}"
+            return "list", f"--list_separator {shlex.quote(separator)}", separator
     if distinct > len(present) / 2 and distinct > MANY_TOKENS / 8:
-        return "hash", f"{name}={1 << math.ceil(math.log2(2 * distinct))}: most values are rare"
+        value = f"{name}={1 << math.ceil(math.log2(2 * distinct))}"
+        return "hash", f"{value}: most values are rare", value
     return "categorical", ""
-
-
-def separator_of(column):
-    """The separator that the note of a Column proposes, or None."""
-    return shlex.split(column.note)[1] if column.note.startswith("--list_separator ") else None
 
 
 def likely_separator(values):
@@ -182,9 +178,9 @@ def command_of(columns, args):
     options.append(("label", names["label"][0] if "label" in names else "LABEL_COLUMN"))
     options += [(kind, join_names(names[kind])) for kind in ("categorical", "numeric", "list", "drop") if kind in names]
     bins = [f"{column.name}=50" for column in columns if column.kind == "numeric" and column.looks == "numbers"]
-    hashes = [column.note.rpartition(":")[0] for column in columns if column.kind == "hash"]
+    hashes = [column.value for column in columns if column.kind == "hash"]
     options += [(name, join_names(values)) for name, values in (("numeric_bins", bins), ("hash", hashes)) if values]
-    options += [("list_separator", separator) for separator in map(separator_of, columns) if separator][:1]
+    options += [("list_separator", column.value) for column in columns if column.kind == "list" and column.value][:1]
     if args.separator:
         options.append(("separator", {"\t": "tab"}.get(args.separator, args.separator)))
     if args.columns:

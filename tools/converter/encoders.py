@@ -183,7 +183,7 @@ class VocabularyField(Field):
             tokens, counts = tokens[places < 0], counts[places < 0]
         frequent, rare = divide(tokens, counts, self.min_count)
         if old is None:
-            self.vocabulary = Vocabulary(frequent[0], texts_of(frequent[0], texts), frequent[1])
+            self.vocabulary = Vocabulary(frequent[0], texts_of(frequent[0], texts), frequent[1], known=0)
         else:
             self.vocabulary = old.grown(frequent[0], texts_of(frequent[0], texts), frequent[1])
         self.rare = (*rare, texts)

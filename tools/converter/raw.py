@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from tools.converter.values import LABELS
+from tools.converter.values import LABELS, is_number
 from tools.trainer.cli import UserError, brief, first_line, shorten
 from tools.trainer.places import as_place, parquet_file
 
@@ -348,11 +348,16 @@ def has_needed(cells, form):
 def is_header(cells, form):
     """Whether the first line of a file is a header.
 
-    Where nobody says so it is one that has all names that are needed, or some that no row would have: where they stand
-    in a header, or so many of them, or in a line that is no row. So a header that lacks a name is not taken for a row.
+    Where nobody says so it is one without numbers that has all names that are needed, or some that no row would have:
+    where they stand in a header, or so many of them, or in a line that is no row. So a header that lacks a name is not
+    taken for a row.
     """
-    if form.header is not None or has_needed(cells, form):
-        return form.header is not False
+    if form.header is not None:
+        return form.header
+    if any(map(is_number, cells)):
+        return False
+    if has_needed(cells, form):
+        return True
     cells = [cell.strip().lower() for cell in cells]
     columns = [name.lower() for name in columns_of(cells, form)]
     known = sum(cell in columns for cell in cells)
@@ -382,6 +387,7 @@ def has_open_quote(text, separator):
 
 
 def split_line(text, separator, quotes):
+    csv.field_size_limit(LONGEST_HEADER)  # the default is an eighth of it
     if not quotes or '"' not in text:
         return text.split(separator)
     return next(csv.reader(io.StringIO(text), delimiter=separator, strict=False), [""])
@@ -393,16 +399,28 @@ def check_columns(path, columns, wanted):
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {shorten(columns)}")
 
 
-def kept_type(raws, column, option):
+def kept_type(raws, column, option, similar=False):
     """pyarrow type of a column that is handed through: text of text files, its own of parquet.
 
-    Raises: UserError where the files have it in several types, as pandas writes whole numbers with and without gaps.
+    similar: whether it may have several types of which one holds the values of all. Raises: UserError
     """
     kinds = {str(kind): kind for kind in (pa.string() if raw.is_text else raw.types[column] for raw in raws)}
-    if len(kinds) > 1:
+    kind = next(iter(kinds.values())) if len(kinds) == 1 else common_type(kinds.values()) if similar else None
+    if kind is None:
         raise UserError(f"{option} {column}: the inputs have it as {' and '.join(sorted(kinds))}; give inputs of one "
                         "type")
-    return kinds.popitem()[1]
+    return kind
+
+
+def common_type(kinds):
+    """The type that holds all values of some types, else None: as floats, which pandas makes of whole numbers with
+    gaps, long numbers would change."""
+    if any(map(pa.types.is_floating, kinds)) and any(map(pa.types.is_integer, kinds)):
+        return None
+    try:
+        return pa.unify_schemas([pa.schema([("", kind)]) for kind in kinds], promote_options="permissive").types[0]
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- parquet

@@ -23,13 +23,12 @@ TIME = (r"^(?:\d{4}-\d\d-\d\d)?(?P<time>(?:^| )\d\d:\d\d:\d\d(?P<fraction>\.\d+)
 UNIT_DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # behind the seconds, as Arrow prints times of a unit
 DATE_ONLY = -1
 
-Spelling = namedtuple("Spelling", "words only_words digits")
+Spelling = namedtuple("Spelling", "words digits")
 Spelling.__doc__ = """How a vocabulary writes booleans and times, which differ between files and data frames.
 
-words: what stands for False and for True; only_words: whether it has no other tokens, so that texts which are other
-words for them mean the same; digits: how many its times have behind the seconds (DATE_ONLY: there are dates without a
-time), in the order of its tokens."""
-PLAIN = Spelling(BOOLEANS[0], False, ())
+words: what stands for False and for True; digits: how many its times have behind the seconds (DATE_ONLY: there are
+dates without a time), in the order of its tokens."""
+PLAIN = Spelling(BOOLEANS[0], ())
 
 
 class BadValue(ValueError):
@@ -67,15 +66,13 @@ def as_text(column, spelling=PLAIN):
         return pa.array([""] * len(column), pa.string())
     if pa.types.is_nested(kind):
         raise BadValue(0, str(kind), "one value a row; a column of lists can be given to --list")
-    if is_text(kind):
-        column = _same_words(column, spelling.words) if spelling.only_words else column
-    elif pa.types.is_boolean(kind):
+    if pa.types.is_boolean(kind):
         column = pc.if_else(column, *(pa.scalar(word, pa.string()) for word in reversed(spelling.words)))
     elif pa.types.is_floating(kind):
         column = _floats_as_text(column)
     elif pa.types.is_timestamp(kind) or pa.types.is_time(kind):
         column = _same_digits(_times_as_text(column), UNIT_DIGITS[kind.unit], spelling.digits)
-    else:
+    elif not is_text(kind):
         column = _printed(column)
     return column.fill_null("") if column.null_count else column
 
@@ -96,15 +93,6 @@ def _is_utf8(value):
         return value is None or bool(value.decode("utf-8")) or True
     except UnicodeDecodeError:
         return False
-
-
-def _same_words(column, words):
-    """Texts with other words for False and True replaced by `words`."""
-    for others in BOOLEANS:
-        for word, other in zip(words, others):
-            if word != other:
-                column = pc.if_else(pc.equal(column, other), pa.scalar(word, column.type), column)
-    return column
 
 
 # --------------------------------------------------------------------------------------------------------------- times
@@ -245,7 +233,7 @@ def _not_whole(values, bad):
 
 def is_whole_number(text):
     """Whether whole_numbers reads the text, also as NaN, which is missing."""
-    value = float(text) if is_number(text) else np.inf
+    value = pa.scalar(text.strip(BLANKS)).cast(pa.float64()).as_py() if is_number(text) else np.inf
     return value != value or value == np.floor(value) and MIN_INTEGER <= value <= MAX_INTEGER
 
 

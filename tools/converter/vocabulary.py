@@ -93,27 +93,29 @@ def text_order(tokens):
 class Vocabulary:
     """The tokens of a field in the order of their ids.
 
-    Attributes: keys (n) tokens, texts: string Array (n), counts int64 (n): times seen in the train rows.
+    Attributes: keys (n) tokens, texts: string Array (n), counts int64 (n): times seen in the train rows; known: how
+    many of the first tokens were there before the conversion that goes on, in which rows are read more than once.
     """
 
-    def __init__(self, keys, texts, counts):
+    def __init__(self, keys, texts, counts, known=None):
+        """known: None for a vocabulary of an earlier conversion"""
         self.keys, self.texts, self.counts = keys, texts, np.asarray(counts, np.int64)
+        self.known = len(keys) if known is None else known
         self._index = self._spelling = None
 
     def __len__(self):
         return len(self.keys)
 
     def __getstate__(self):
-        return {"keys": self.keys, "texts": self.texts, "counts": self.counts, "_index": None, "_spelling": None}
+        return {**vars(self), "_index": None, "_spelling": None}
 
     @property
     def spelling(self):
-        """How it writes booleans and times: a Spelling. Its tokens are texts."""
+        """How its known tokens, which are texts, write booleans and times: a Spelling."""
         if self._spelling is None:
-            known = [int((self.positions(string_keys(pa.array(words))[0]) >= 0).sum()) for words in BOOLEANS]
-            number = next((i for i, count in enumerate(known) if count), 0)
-            only_words = 0 < known[number] == len(self)
-            self._spelling = Spelling(BOOLEANS[number], only_words, time_digits(self.texts))
+            keys = [string_keys(pa.array(words))[0] for words in BOOLEANS]
+            found = [words for words, two in zip(BOOLEANS, keys) if np.isin(two, self.keys[:self.known]).any()]
+            self._spelling = Spelling(found[0] if found else BOOLEANS[0], time_digits(self.texts.slice(0, self.known)))
         return self._spelling
 
     def positions(self, tokens):
@@ -135,7 +137,7 @@ class Vocabulary:
     def grown(self, keys, texts, counts):
         """A Vocabulary with more tokens behind those of this one."""
         return Vocabulary(np.concatenate([self.keys, keys]), pa.concat_arrays([self.texts, texts]),
-                          np.concatenate([self.counts, counts]))
+                          np.concatenate([self.counts, counts]), self.known)
 
     def write(self, path, first_id):
         ids = np.arange(first_id, first_id + len(self))

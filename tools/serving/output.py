@@ -23,7 +23,7 @@ def kept_schema(raws, keep):
                         f"them {PROBABILITY}")
     for raw in raws:
         raw.check_columns(keep)
-    return pa.schema([(name, kept_type(raws, name, "--keep_columns")) for name in keep])
+    return pa.schema([(name, kept_type(raws, name, "--keep_columns", similar=True)) for name in keep])
 
 
 def prediction_schema(kept):

@@ -162,7 +162,7 @@ class IdRows:
         return "Rows of ids"
 
     def kept_of(self, block):
-        return [pa.Table.from_batches([block.data]).select(self.keep)] if self.keep else []
+        return [pa.Table.from_batches([block.data]).select(self.keep).cast(self.kept)] if self.keep else []
 
     def known(self, ids, raw, row):
         """ids with those outside their tables made out-of-vocabulary, or refused."""
@@ -205,7 +205,7 @@ class RawRows:
                 if self.unknown == "error" and self.unknown_counts.any():
                     raise UserError(f"{raw.path} has values that the model does not know ({self.unknown_text()}); "
                                     "leave --unknown_ids out to score them as out-of-vocabulary")
-                yield (np.stack(ids, axis=1) + self.offsets, *([kept] if self.keep else []))
+                yield (np.stack(ids, axis=1) + self.offsets, *([kept.cast(self.kept)] if self.keep else []))
 
     def unknown_text(self):
         """'user_id 31, item_id 2 (2)', of the fields that have any"""

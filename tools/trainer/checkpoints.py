@@ -294,12 +294,13 @@ class Checkpointer:
     The trainer offers: step; state(): parts of state.json; dense_tensors(): {name: array}; save_rows(store, snapshot);
     load_dense({name: array}, folder, to_train); load_rows(store, snapshot, blocks of (ids, rows), to_train).
     stores: the tables; run_id: prefix of the run's snapshots; keep: number of periodic checkpoints;
-    appends: whether tables go on appending to the files of a snapshot (OneEmbedding); checksums: compare when loading.
+    appends: whether tables go on appending to the files of a snapshot (OneEmbedding); saves_all: whether a snapshot has
+    all rows anew, and not only those of a cache; checksums: compare when loading.
     """
 
-    def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, checksums=True):
+    def __init__(self, save_dir, stores, *, run_id=None, keep=2, appends=False, saves_all=True, checksums=True):
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
-        self.keep, self.appends, self.checksums = keep, appends, checksums
+        self.keep, self.appends, self.saves_all, self.checksums = keep, appends, saves_all, checksums
         self.encoder_files = {}
 
     def save(self, trainer, names):
@@ -307,7 +308,7 @@ class Checkpointer:
         snapshot = f"{self.run_id}-step_{trainer.step}"
         dense = trainer.dense_tensors()
         missing = [store for store in self.stores if not self.has(store, snapshot)]
-        all_agree(self.check_space, missing, dense, len(names))
+        all_agree(self.check_space, missing if self.saves_all else [], dense, len(names))
         for store in missing:  # one that was saved at this step already is in use: replacing it could leave it half
             self.explain_failure(trainer.save_rows, store, snapshot)
         tables = {store.name: self.describe(store, snapshot) for store in self.stores}

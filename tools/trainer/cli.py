@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(near)}; did you mean {', '.join(near.values())}?")
         namespace, rest = super().parse_known_args(words, namespace)
         for action in self._actions:  # of a variable in a script that is not set
-            if action.type is None and getattr(namespace, action.dest, None) in ("", [""]):
+            value = getattr(namespace, action.dest, None)
+            if action.type is None and (value == "" or isinstance(value, list) and "" in value):
                 self.error(f"{(action.option_strings or [action.dest])[0]} is empty; give a value"
                            + ", or leave it out" * (not action.required))
         return namespace, rest

@@ -77,6 +77,7 @@ def test_cuda_stands_in_one_place():
 IMPORT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell runs the tests in the background
 before = dict(os.environ), signal.getsignal(signal.SIGINT), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
 import deepfm_train_eval
 after = dict(os.environ), signal.getsignal(signal.SIGINT), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)

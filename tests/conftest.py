@@ -37,6 +37,13 @@ def pytest_configure(config):
     startup.calm_scheduler = lambda: None  # what starts a graph must not be displaced, see there
     for category in ("FutureWarning", "DeprecationWarning"):  # petastorm uses pyarrow's old interfaces
         config.addinivalue_line("filterwarnings", f"ignore::{category}:petastorm")
+    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which single tests do without")
+
+
+def pytest_collection_modifyitems(items):
+    """Where several processes share the tests, one runs those on Spark, for one Java; all others go by their files."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("spark" if "run_on_spark" in item.fixturenames else item.path.name))
 
 
 def write_split(folder, labels, ids, row_group_rows, names=None):

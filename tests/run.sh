@@ -7,5 +7,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash tools/setup_env.sh tests spark onnx)
-(($#)) || set -- -n 2 --dist loadfile
+(($#)) || set -- -n 2 --dist loadgroup
 exec "$python" -m pytest -o testpaths=tests "$@" </dev/null

@@ -1,13 +1,17 @@
 """Columns of any type as text and as numbers, and as a vocabulary writes them."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from conftest import at_the_same_time
 
 from tools.converter.encoders import Category
 from tools.converter.raw import RawFormat, open_raw
 from tools.converter.values import BadValue, as_labels, as_numbers, as_text, is_whole_number
+from tools.converter.vocabulary import Vocabulary
 
 ROWS = 40
 
@@ -94,6 +98,15 @@ def test_times_with_an_offset_are_printed_as_those_of_a_zone():
                                          ("nan(ind)", True)])  # fmt: skip
 def test_whole_numbers_as_arrow_reads_them(text, whole):
     assert is_whole_number(text) == whole
+
+
+def test_threads_that_look_up_at_once():
+    """As in encode_rows.py, where nothing has looked into a vocabulary before the first block of each thread."""
+    keys = np.arange(1, 200_001, dtype=np.uint64) << np.uint64(8)
+    for _ in range(5):
+        known = Vocabulary(keys, pa.array([""] * len(keys)), np.ones(len(keys)))
+        places = at_the_same_time(*[partial(known.positions, keys[:1000])] * 8)
+        assert all((found == np.arange(1000)).all() for found in places)
 
 
 def test_half_precision():

@@ -6,6 +6,7 @@ than a token.
 """
 
 import hashlib
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tools.converter.values import BOOLEANS, Spelling, time_digits
 from tools.trainer.cli import UserError, first_line
 from tools.trainer.places import arrow_file
 
+INDEXING = threading.Lock()  # of a vocabulary, which several threads need at once
 RARE_TOKENS = 1 << 20  # tokens below the threshold whose counts are kept for growth, per field: the most frequent ones
 NO_TEXTS = (np.empty(0, np.uint64), pa.array([], pa.string()))
 _MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], np.uint64)  # of the first bytes of a text
@@ -120,9 +122,12 @@ class Vocabulary:
 
     def positions(self, tokens):
         """Place of each token in the vocabulary, -1 where it is unknown: int64 (n)."""
-        if self._index is None:
-            wide = np.uint64 if self.keys.dtype == np.uint64 else np.int64
-            self._index = pd.Index(self.keys.astype(wide, copy=False))
+        with INDEXING:
+            if self._index is None:
+                wide = np.uint64 if self.keys.dtype == np.uint64 else np.int64
+                index = pd.Index(self.keys.astype(wide, copy=False))
+                index.get_indexer(index[:1])  # makes its table: pandas lets other threads come upon a half made one
+                self._index = index
         return self._index.get_indexer(tokens.astype(self._index.dtype, copy=False))
 
     def digest(self, digest, size=None):

@@ -58,7 +58,6 @@ from tools.trainer.runs import (
 
 LONGEST_VALUE, LONGEST_NAME = 24, 44  # characters
 PLACES = ("model_save_dir", "persistent_path", "persistent_path_fm", "log_dir", "resume", "overwrite_tables")
-NOT_WITH_RESUME = ("model_load_dir", "overwrite_tables")
 # (split, metric, header, decimals); the first two of a split are always shown, the others where a run has them
 METRICS = [("val", "auc", "val AUC", 6), ("val", "logloss", "val logloss", 6), ("val", "gauc", "val GAUC", 6),
            ("test", "auc", "test AUC", 6), ("test", "logloss", "test logloss", 6), ("test", "gauc", "test GAUC", 6),
@@ -76,7 +75,8 @@ def conditions(run):
     options = dict(run.info["options"])
     for restart in run.info.get("restarts", [])[-1:]:  # says what changed since the start, such as more --epochs
         changed = restart.get("options", {})
-        options.update({name: value for name, value in changed.items() if name not in NOT_WITH_RESUME})
+        # --resume goes without --model_load_dir, which is where the run began all the same
+        options.update({name: value for name, value in changed.items() if name != "model_load_dir"})
     options = {name: value for name, value in options.items() if name not in PLACES}
     for name in ("device", "processes"):  # as chosen, for --device auto
         if name in run.info:

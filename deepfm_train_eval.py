@@ -662,13 +662,13 @@ def decay_tables(optimizer, tables, l2):
 
 
 def add_optimizer(graph, device, tables, dense, *, optimizer, learning_rate, betas, epsilon, embedding_l2,
-                  max_grad_norm, warm_up, done):
+                  max_grad_norm, warm_up, steps):
     """Adam or Adagrad for the parameters of the tables and for all others, the dense ones.
 
     OneEmbedding moves looked-up rows. So does Adam's lazy update on CPU, but with L2 or clipping every row moves there,
     as in FuxiCTR. Adagrad leaves rows alone that have no gradient, so its plain update is lazy in itself. L2 on
     OneEmbedding's tables decays looked-up rows and is not clipped; on CPU it is `l2_terms`.
-    warm_up: WarmUp or None; done: steps that the optimizer has counted.
+    warm_up: WarmUp or None; steps: range of those that the optimizer will count.
     """
     clip = {"clip_grad_max_norm": max_grad_norm, "clip_grad_norm_type": 2.0} if max_grad_norm > 0 else {}
 
@@ -680,7 +680,7 @@ def add_optimizer(graph, device, tables, dense, *, optimizer, learning_rate, bet
 
     def add(made, *factors, **options):
         factors = [*factors, *([warm_up] if warm_up else [])]
-        graph.add_optimizer(made, lr_sch=Factors(made, factors, done) if factors else None, **options)
+        graph.add_optimizer(made, lr_sch=Factors(made, factors, steps) if factors else None, **options)
 
     if device.one_embedding:
         add(decay_tables(make(tables + dense, **clip), tables, embedding_l2))
@@ -823,8 +823,9 @@ class Trainer(Progress):
         warm_up = WarmUp(args.warmup_batches, done - self.step) if self.step < args.warmup_batches else None
         self.train_graph = TrainGraph(
             self.model.train(), self.device, weighted=args.weight_column is not None, optimizer=args.optimizer,
-            learning_rate=self.plateau.learning_rate, warm_up=warm_up, done=done, betas=tuple(args.adam_betas),
-            epsilon=args.adam_epsilon, embedding_l2=args.embedding_l2, max_grad_norm=args.max_grad_norm, amp=args.amp,
+            learning_rate=self.plateau.learning_rate, warm_up=warm_up, betas=tuple(args.adam_betas),
+            steps=range(done + 1, done + self.steps_left() + 1), epsilon=args.adam_epsilon,
+            embedding_l2=args.embedding_l2, max_grad_norm=args.max_grad_norm, amp=args.amp,
             loss_scale_policy=args.loss_scale_policy)
         tensors.load_graph_state(self.train_graph, self.optimizer_state)
         self.graph_learning_rate = self.plateau.learning_rate

@@ -86,6 +86,9 @@ def first_options(trainer):
             str(ROWS)]
 
 
+LONG_RUN = range(1, 10**6)
+
+
 class Conf:
     """In place of OneFlow's message."""
 
@@ -97,21 +100,25 @@ class Conf:
         pass
 
 
-def table_of_factors(*parts, done=0):
+def table_of_factors(*parts, steps=LONG_RUN):
     conf = Conf()
-    Factors(flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))]), parts, done)._generate_conf_for_graph(conf)
+    Factors(flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))]), parts, steps)._generate_conf_for_graph(conf)
     return conf.scales, conf.boundaries
 
 
 def test_the_table_of_factors():
     scales, boundaries = table_of_factors(WarmUp(4))
     assert (scales, boundaries) == ([0.25, 0.5, 0.75, 1.0, 1.0], [0, 1, 2, 3])
-    scales, boundaries = table_of_factors(WarmUp(4, before=2), done=3)  # steps that are done need no entry
+    # steps that are done, or behind the end of the run, need no entry
+    scales, boundaries = table_of_factors(WarmUp(4, before=2), steps=range(4, 99))
     assert (scales, boundaries) == ([0.5, 0.75, 1.0, 1.0], [3, 4, 5])
-    assert table_of_factors(WarmUp(4), done=9) == ([1.0], [])
+    assert table_of_factors(WarmUp(4), steps=range(10, 99)) == ([1.0], [])
+    assert table_of_factors(WarmUp(4), steps=range(1, 3)) == ([0.25, 0.5, 1.0], [0, 1])
     both, _ = table_of_factors(WarmUp(4), BiasCorrection((0.9, 0.999)))
     alone, _ = table_of_factors(BiasCorrection((0.9, 0.999)))
-    assert len(both) == len(alone) == 10001
+    assert len(both) == len(alone) == 10001 and alone[-1] == 1 and alone[-2] == pytest.approx(1, abs=5e-5)
+    for t in (1, 2, 100, 9999):
+        assert alone[t - 1] == pytest.approx(np.sqrt(1 - 0.999**t) / (1 - 0.9**t))
     assert both[:3] == pytest.approx([0.25 * alone[0], 0.5 * alone[1], 0.75 * alone[2]]) and both[4:] == alone[4:]
     assert len(table_of_factors(BiasCorrection((0.9, 0.9999)))[0]) == 100001  # it lasts as long as the larger beta says
 

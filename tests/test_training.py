@@ -21,7 +21,6 @@ from reference import Reference, sigmoid
 import deepfm_train_eval as trainer_module
 from tools.trainer.batches import draw_masks, keep_probability
 from tools.trainer.checkpoints import prepare_new_run
-from tools.trainer.schedule import BiasCorrection, Factors
 from tools.trainer.startup import wait_for_first_process
 
 STEPS = 20
@@ -106,26 +105,6 @@ def test_lazy_update_leaves_other_rows_alone(shared_dataset_dir, tmp_path):
         for moment in "mv":
             array = state[f"model.{name}.weight-{moment}"].to_local().numpy()
             assert np.flatnonzero(array.any(axis=1)).tolist() == [0, 7, 18]
-
-
-def test_bias_correction_schedule():
-    class Conf:
-        def __init__(self):
-            self.piecewise_scaling_conf = self
-            self.scales, self.boundaries = [], []
-
-        def SetInParent(self):  # noqa: N802 - protobuf's name
-            pass
-
-    conf = Conf()
-    optimizer = flow.optim.Adam([flow.nn.Parameter(flow.zeros(1))])
-    schedule = Factors(optimizer, [BiasCorrection((0.9, 0.999))])
-    schedule._generate_conf_for_graph(conf)
-    for t in (1, 2, 100, 9999):
-        position = conf.boundaries.index(t - 1)
-        assert conf.scales[position] == pytest.approx(np.sqrt(1 - 0.999**t) / (1 - 0.9**t))
-    assert conf.scales[-1] == 1 and conf.scales[-2] == pytest.approx(1, abs=5e-5)
-    assert len(conf.scales) == len(conf.boundaries) + 1
 
 
 def test_seed_of_the_initial_values(shared_dataset_dir, tmp_path):

@@ -15,11 +15,12 @@ LONGEST = 10**5  # entries of a table, which OneFlow goes through from the front
 class Factors(flow.optim.lr_scheduler._LRScheduler):
     """Step t, from 1, has the learning rate times the product of what the parts say of t.
 
-    parts: objects with steps (from the next on, the factor is 1) and factor(t); done: steps that are counted already.
+    parts: objects with steps (from the next on, the factor is 1) and factor(t); steps: range of those that the graph
+    will take, for no others are in the table, which OneFlow writes out as text when it compiles.
     """
 
-    def __init__(self, optimizer, parts, done=0):
-        self.parts, self.done = parts, done
+    def __init__(self, optimizer, parts, steps):
+        self.parts, self.steps = parts, steps
         super().__init__(optimizer)
 
     def get_lr(self, base_lr, step):
@@ -28,7 +29,7 @@ class Factors(flow.optim.lr_scheduler._LRScheduler):
     def _generate_conf_for_graph(self, lr_conf):
         lr_conf.piecewise_scaling_conf.SetInParent()
         conf = lr_conf.piecewise_scaling_conf
-        for t in range(self.done + 1, max(part.steps for part in self.parts) + 1):
+        for t in range(self.steps.start, min(self.steps.stop, max(part.steps for part in self.parts) + 1)):
             conf.scales.append(math.prod(part.factor(t) for part in self.parts if t <= part.steps))
             conf.boundaries.append(t - 1)  # last step, from 0, that has the scale
         conf.scales.append(1.0)

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: its lines, metrics.jsonl, TensorBoard events, time per step, memory."""
+"""What a run tells while it runs: its lines, metrics.jsonl, time per step, memory."""
 
 import json
 import math
@@ -14,19 +14,13 @@ from datetime import datetime, timedelta
 import psutil
 
 from tools.trainer.cli import UserError
-from tools.trainer.files import check_json, count, list_folder
+from tools.trainer.files import check_json, count
 from tools.trainer.places import open_regular
 from tools.trainer.plateau import MONITORS
 from tools.trainer.processes import print_rank0, rank, world_size
-from tools.trainer.startup import BLAS, environment_kept, flow
+from tools.trainer.startup import BLAS, flow
 from tools.trainer.tables import OPTIMIZERS
 
-with environment_kept():
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-
-EVENTS = "deepfm.out.tfevents."  # TensorBoard looks for "tfevents"; the rest is our mark
 LINE = {"event": str, "step": count}
 
 
@@ -38,43 +32,34 @@ class MetricsLog:
     """
 
     def __init__(self, folder, resumed_step=None):
-        self.file = self.writer = None
+        self.file = self.events = None
         if folder is None or rank() != 0:
             return
+        from tools.trainer.events import Events  # a tenth of the time of a start, which other commands do not need
+
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "metrics.jsonl")
         lines = read_metrics(path) if os.path.exists(path) else []
         if resumed_step is None:
             lines = []
-            for name in list_folder(folder):
-                if name.startswith(EVENTS):
-                    os.remove(os.path.join(folder, name))
         kept = [line for line, entry in lines if entry["step"] <= resumed_step and entry["event"] != "test"]
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        # not SummaryWriter: its thread may still hold the last event when the process is killed
-        self.writer = EventsWriter(os.path.join(folder, "deepfm"))
-        if resumed_step is not None:  # TensorBoard then hides what earlier starts logged behind that step
-            self.write_event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self.events = Events(folder, resumed_step)
 
     def write(self, event, step, **values):
         """event: "train" or an evaluated split, e.g. "val"."""
         if self.file is None:
             return
         self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        scalars = [Summary.Value(tag=f"{event}/{name}", simple_value=value) for name, value in values.items()]
-        self.write_event(step, summary=Summary(value=scalars))
-
-    def write_event(self, step, **content):
-        self.writer.write_event(Event(step=step, wall_time=time.time(), **content))
-        self.writer.flush()
+        self.events.write(step, {f"{event}/{name}": value for name, value in values.items()})
 
     def close(self):
         if self.file is not None:
             self.file.close()
-            self.writer.close()
+            self.events.close()
 
 
 def read_metrics(path):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import table_to_parquet
-from conftest import HAS_SPARK, needs_spark
+from conftest import needs_spark
 
 from tools.converter import convert, describe, encoders, rows, vocabulary
 from tools.converter import raw as raw_files
@@ -176,7 +176,7 @@ def commands(folder, ending, made):
 
 
 @pytest.fixture(scope="module")
-def made(request, tables, tmp_path_factory):
+def made(run_on_spark, tables, tmp_path_factory):
     """Folder with what `commands` make: arrow/{csv,parquet}, and spark/{csv,parquet} where Spark runs."""
     _, folder = tables
     for write, ending in ((write_csv, "csv"), (write_parquet, "parquet")):
@@ -188,8 +188,7 @@ def made(request, tables, tmp_path_factory):
             for tool, options in commands(folder, ending, root / "arrow" / ending):
                 assert sys.modules[tool].main([*map(str, options), "--memory_gb", "1"]) == 0
     assert errors.getvalue() == ""
-    if HAS_SPARK:
-        run_on_spark = request.getfixturevalue("run_on_spark")
+    if run_on_spark:
         for ending, chosen in (("csv", [0, 2, 4]), ("parquet", [0])):  # each takes seconds
             todo = commands(folder, ending, root / "spark" / ending)
             for tool, options in [todo[number] for number in chosen]:

@@ -314,7 +314,7 @@ def classify(status, errors, same, checked, several=False):
     return "silently other" if checked else "as it is"
 
 
-def attempt(inputs, expected, name, seed):
+def attempt(inputs, name, seed):
     """Damage a copy of the inputs and run a program on it -> {"end", "what", "text"}"""
     rng, kind = random.Random(f"{name} {seed}"), KINDS[name]
     with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
@@ -329,25 +329,27 @@ def attempt(inputs, expected, name, seed):
                                   run_inside(module, arguments, Path(folder) / "log"))
         same = None
         if status == 0:
+            expected = expected_result(inputs, kind.folder, job)
             with contextlib.suppress(Exception):
-                same = json.loads(json.dumps(describe(work, output))) == expected[f"{kind.folder} {job}"]
+                same = json.loads(json.dumps(describe(work, output))) == expected
         end = classify(status, errors, same, kind.checked, several=module == "inspect_dataset")
         return {"end": end, "what": what,
                 "text": (status if isinstance(status, str) else errors)[-2000:]}
 
 
-def expected_results(inputs):
-    """{task: what undamaged inputs give}"""
-    found = {}
-    for folder_of_job, job in sorted({(kind.folder, job) for kind in KINDS.values() for job in kind.tasks}):
+def expected_result(inputs, folder_of_job, job):
+    """What undamaged inputs give; found out when it is first asked for, and kept beside the inputs."""
+    known = inputs.parent / f"{folder_of_job} {job}.json"
+    if not known.exists():
         with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
-            work = Path(folder) / "work"
+            work, result = Path(folder) / "work", Path(folder) / "result"
             shutil.copytree(inputs / folder_of_job, work)
             module, arguments, describe = task(job, work)
             status, output, errors = run_inside(module, arguments, Path(folder) / "log")
             assert status == 0, f"{job}: {status} {output} {errors}"
-            found[f"{folder_of_job} {job}"] = describe(work, output)
-    return found
+            result.write_text(json.dumps(describe(work, output)))
+            result.rename(known)  # whole, also where two workers ask at once
+    return json.loads(known.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
@@ -362,10 +364,9 @@ def work_on_orders(inputs):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     import deepfm_train_eval  # noqa: F401 - and with it OneFlow, once
 
-    expected = json.loads((inputs.parent / "expected.json").read_text())
     for line in orders:
         name, seed = json.loads(line)
-        answers.write(json.dumps(attempt(inputs, expected, name, seed)) + "\n")
+        answers.write(json.dumps(attempt(inputs, name, seed)) + "\n")
 
 
 def start_worker(inputs):
@@ -494,8 +495,7 @@ def main():
     if args.work_on:
         return work_on_orders(args.work_on)
     if args.prepare:
-        inputs = make_inputs(args.prepare, run_inside)
-        (args.prepare / "expected.json").write_text(json.dumps(expected_results(inputs)))
+        make_inputs(args.prepare, run_inside)
         return 0
     if args.kills or args.signals:
         return end_by_signals(args.kills, args.signals, args.seed)

@@ -42,9 +42,13 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items):
-    """Where several processes share the tests, one runs those on Spark, for one Java; all others go by their files."""
+    """Where several processes share the tests, they do so by files, but one has all those on Spark, for one Java.
+
+    It has them beside the file with the most tests, with which pytest-xdist begins, since they take long.
+    """
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("spark" if "run_on_spark" in item.fixturenames else item.path.name))
+        name = "test_table_to_parquet.py" if "run_on_spark" in item.fixturenames else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def write_split(folder, labels, ids, row_group_rows, names=None):

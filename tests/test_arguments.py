@@ -139,13 +139,17 @@ def test_required(capsys, missing):
 
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "two"), ("WORLD_SIZE", "9" * 30), ("RANK", "abc"),
                                          ("MASTER_PORT", "http")])
-def test_environment_of_a_broken_launcher(tmp_path, name, value):
+def test_environment_of_a_broken_launcher(name, value):
     result = subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", *REQUIRED], capture_output=True, text=True,
                             env={**os.environ, **launch_variables(**{name: value})}, timeout=60)
     assert result.returncode == 2 and result.stderr.startswith("error: the environment variable " + name)
     assert result.stderr.count("\n") == 1
+
+
+def test_environment_of_another_program(tmp_path):
+    odd = {"WORLD_SIZE": "9" * 30, "RANK": "abc", "MASTER_PORT": "http"}  # without MASTER_ADDR: no launcher's
     result = subprocess.run([sys.executable, ROOT / "deepfm_train_eval.py", *REQUIRED], capture_output=True, text=True,
-                            env={**os.environ, name: value}, cwd=tmp_path, timeout=60)  # set for another program
+                            env={**os.environ, **odd}, cwd=tmp_path, timeout=60)
     assert result.stderr == "error: --data_dir data is not a folder; it should hold train/, val/ and test/\n"
 
 

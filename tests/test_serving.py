@@ -727,15 +727,19 @@ def test_text_without_header_and_fields_without_tokens(tmp_path, bins):
     frame.to_parquet(tmp_path / "frame.pq")
     expected = trainer_module.load(best(tmp_path), "cpu").predict(frame)
     assert expected.std() > 0.01
+    encoded = []
     for name in ("labelled.txt", "unlabelled.txt", "frame.pq"):
         file, output = tmp_path / name, tmp_path / f"{name}.parquet"
         assert score_onnx.main([path, str(file), "--output", str(output)]) == 0
         scores = [pq.read_table(output)["probability"].to_numpy()]
         scores.append(predict(tmp_path, file, tmp_path / f"{name}.csv")["probability"].to_numpy())
-        assert encode_rows.main(["--dataset", str(tmp_path / "data"), "--input", str(file), "--output_dir",
-                                 str(tmp_path / f"{name}.d")]) == 0
-        scores.append(predict(tmp_path, tmp_path / f"{name}.d", tmp_path / f"{name}2.csv")["probability"].to_numpy())
         assert np.abs(np.array(scores) - expected).max() < 1e-6, name
+        encoded.append(tmp_path / f"{name}.d")
+        assert encode_rows.main(["--dataset", str(tmp_path / "data"), "--input", str(file), "--output_dir",
+                                 str(encoded[-1])]) == 0
+        assert pq.read_table(encoded[-1], columns=names[1:]) == pq.read_table(encoded[0], columns=names[1:]), name
+    scores = predict(tmp_path, encoded[0], tmp_path / "encoded.csv")["probability"].to_numpy()
+    assert np.abs(scores - expected).max() < 1e-6
     assert table_to_parquet.main(["--base", str(tmp_path / "data"), "--input", str(tmp_path / "labelled.txt"),
                                   "--output_dir", str(tmp_path / "grown")]) == 0
 

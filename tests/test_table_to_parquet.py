@@ -114,7 +114,7 @@ def write_csv(path, cells, separator=",", end="\n"):
     return path
 
 
-def write_parquet(path, cells, rows_per_group=37):
+def write_parquet(path, cells, rows_per_group=150):
     """The same rows with the types that a data frame would have."""
     columns = {name: pa.array([text or None for text in texts]) for name, texts in cells.items()}
     columns["item"] = pa.array([int(text) for text in cells["item"]])

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 TABLE_SIZES = [7, 11, 40]
 ROWS = 32  # batch size of `make_trainer`
 HAS_SPARK = bool((shutil.which("java") or os.environ.get("JAVA_HOME")) and importlib.util.find_spec("pyspark"))
+ONE_BY_ONE = ("test_ends.py", "test_nodes.py", "test_launcher.py")  # tests that share nothing
 needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="the Spark engine needs Java and pyspark")
 
 
@@ -44,11 +45,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Where several processes share the tests, they do so by files, but one has all those on Spark, for one Java.
 
-    It has them beside the file with the most tests, with which pytest-xdist begins, since they take long.
+    It has them beside the file with the most tests, with which pytest-xdist begins, since they take long. It ends with
+    what is dealt out one by one.
     """
     for item in items:
         name = "test_table_to_parquet.py" if "run_on_spark" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
+        if name not in ONE_BY_ONE:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def write_split(folder, labels, ids, row_group_rows, names=None):

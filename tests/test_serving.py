@@ -722,7 +722,7 @@ def test_text_without_header_and_fields_without_tokens(tmp_path, bins):
     data = ["--output_dir", str(tmp_path / "data"), "--label", "clicked", "--columns", ",".join(names), "--separator",
             ":", "--categorical", "user,rare,flag,day", "--numeric", "same,number", *bins]
     assert table_to_parquet.main(["--input", str(tmp_path / "labelled.txt"), *data]) == 0
-    train(tmp_path / "data", tmp_path)
+    train(tmp_path / "data", tmp_path, "--eval_interval", "30")
     path, frame = export(tmp_path), pd.DataFrame(rows, columns=names).astype({"day": "datetime64[ns]"})
     frame.to_parquet(tmp_path / "frame.pq")
     expected = trainer_module.load(best(tmp_path), "cpu").predict(frame)

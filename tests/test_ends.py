@@ -41,7 +41,7 @@ def test_letters_beyond_ascii_in_paths_and_names_under_an_ascii_locale(tmp_path)
     assert result.returncode == 1 and result.stderr.decode().startswith(f"error: no *.parquet files in {data}/test")
 
 
-@pytest.mark.parametrize("shell", ["0<&- 1>&- 2>&-", "1>&-"])
+@pytest.mark.parametrize("shell", ["1>&- 2>&-", "0<&- 1>&-", "2>&-"])
 def test_closed_streams(shared_dataset_dir, tmp_path, shell):
     options = ["--model_save_dir", tmp_path / "save", "--train_batches", "2"]
     result = run(trainer_command(shared_dataset_dir, tmp_path, *options), shell=shell)

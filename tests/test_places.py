@@ -25,12 +25,12 @@ import pytest
 import table_to_parquet
 from conftest import (
     ROOT,
+    at_the_same_time,
     free_port,
     main_here,
     make_dataset,
     metrics_lines,
     run_trainer,
-    train_here,
     trainer_command,
 )
 
@@ -452,14 +452,18 @@ def test_s3_names_are_no_patterns(clicks, s3, capsys):
 
 
 def test_trainer_on_s3(clicks, s3, tmp_path):
-    """Two processes train as one from the local disk; so does a prediction."""
+    """Two processes train, stop, and predict as from the local disk."""
     put(s3, clicks / "data", "bucket/trained")
-    options = ["--train_batches", "30", "--seed", "3", "--net_dropout", "0"]
-    here = train_here(clicks / "data", tmp_path / "here", *options)
-    there, _ = run_trainer("s3://bucket/trained", tmp_path, *options, "--model_save_dir", tmp_path / "m", processes=2)
-    [here], [there] = (metrics_lines(output, "test") for output in (here, there))
-    assert here == pytest.approx(there, abs=1e-5)
-    folder = tmp_path / "m" / "best_checkpoint"
+
+    def train(name, data_dir):
+        output, _ = run_trainer(data_dir, tmp_path / name, "--train_batches", "30", "--seed", "3", "--model_save_dir",
+                                tmp_path / name / "m", processes=2)
+        return metrics_lines(output, "test")
+
+    here, there = at_the_same_time(lambda: train("here", clicks / "data"),
+                                   lambda: train("there", "s3://bucket/trained"))
+    assert here and here == there
+    folder = tmp_path / "there" / "m" / "best_checkpoint"
     assert json.loads((folder / "state.json").read_text())["data"]["dir"] == "s3://bucket/trained"
     scores = {}
     for name, rows in (("ids", "s3://bucket/trained/test"), ("local", clicks / "data" / "test")):

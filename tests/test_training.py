@@ -41,7 +41,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_steps_equal_the_reference(shared_dataset_dir, tmp_path, variant):
     dropout = [] if "dropout" in variant else ["--net_dropout", "0"]
-    trainer = make_trainer(shared_dataset_dir, tmp_path, *dropout, *VARIANTS[variant])
+    trainer = make_trainer(shared_dataset_dir, tmp_path, "--train_batches", str(STEPS), *dropout, *VARIANTS[variant])
     args = trainer.args
     reference = Reference(values_of(trainer.model), args.learning_rate, args.embedding_l2, args.max_grad_norm)
     keep = keep_probability(args.net_dropout)

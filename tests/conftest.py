@@ -131,21 +131,21 @@ def free_port():
         return server.getsockname()[1]
 
 
-def trainer_command(data_dir, work_dir, *options, processes=1):
-    """The command line of a small training run whose files lie in work_dir."""
-    script = [str(ROOT / "deepfm_train_eval.py")]
+def trainer_command(data_dir, work_dir, *options, processes=1, script=ROOT / "deepfm_train_eval.py"):
+    """The command line of a small training run whose files lie in work_dir; script: in the trainer's place."""
+    launch = []
     if processes > 1:
         launch = ["-m", "oneflow.distributed.launch", "--nproc_per_node", str(processes), "--master_port",
                   str(free_port())]
-        script = [*launch, *script]
-    return [sys.executable, *script, "--data_dir", str(data_dir), "--persistent_path", str(Path(work_dir) / "tables"),
-            "--persistent_path_fm", str(Path(work_dir) / "tables_fm"), "--device", "cpu", "--dnn", "8,8",
-            "--embedding_vec_size", "4", "--batch_size", "64", "--learning_rate", "0.01", *map(str, options)]
+    return [sys.executable, *launch, str(script), "--data_dir", str(data_dir), "--persistent_path",
+            str(Path(work_dir) / "tables"), "--persistent_path_fm", str(Path(work_dir) / "tables_fm"), "--device",
+            "cpu", "--dnn", "8,8", "--embedding_vec_size", "4", "--batch_size", "64", "--learning_rate", "0.01",
+            *map(str, options)]
 
 
-def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120):
+def run_trainer(data_dir, work_dir, *options, processes=1, status=0, timeout=120, **script):
     """Run it; returns (stdout, stderr). Several processes get what the launcher gives them, which takes longer."""
-    command, port, started = trainer_command(data_dir, work_dir, *options), free_port(), []
+    command, port, started = trainer_command(data_dir, work_dir, *options, **script), free_port(), []
     for rank in range(processes):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         if processes > 1:

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash tools/setup_env.sh tests spark onnx)
 (($#)) || set -- -n 3 --dist loadgroup
+unset PYTHONDONTWRITEBYTECODE  # a tenth of the programs' start too, of which there are more than 100
 # petastorm imports distutils, and with setuptools' own all of setuptools: a tenth of the trainer's start
 export SETUPTOOLS_USE_DISTUTILS=stdlib
 exec "$python" -m pytest -o testpaths=tests "$@" </dev/null

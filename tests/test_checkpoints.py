@@ -182,14 +182,10 @@ def run_with_kills(data_dir, work, options, kills):
 
     Returns the output of that.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for kill, last in kills:
         killer = work / "killer.py"
         killer.write_text(KILLER.format(root=str(ROOT), kill=kill))
-        command = trainer_command(data_dir, work, *options)
-        command[1] = str(killer)
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert result.returncode == -9, f"{kill}: {result.stdout}{result.stderr}"
+        run_trainer(data_dir, work, *options, status=-9, script=killer)
         steps = [json.loads(path.read_text())["progress"]["step"] for path in (work / "save").glob("[!.]*/state.json")]
         assert (f"step_{max(steps)}" if steps else None) == last, kill
         options = ["--resume"] + [option for option in options if option != "--resume"]
@@ -337,8 +333,7 @@ def run_patched(patch, data_dir, work, *options):
     script = work.parent / f"patched-{work.name}.py"
     script.write_text(f"import os, shutil, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
                       f"import deepfm_train_eval as module\n{patch}\nmodule.main(sys.argv[1:])\n")
-    command = trainer_command(data_dir, work, *options)
-    command[1] = str(script)
+    command = trainer_command(data_dir, work, *options, script=script)
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -776,10 +771,8 @@ module.main(sys.argv[1:])
 def test_snapshot_waits_for_the_slowest_process(shared_dataset_dir, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SLOW.format(root=str(ROOT)))
-    command = trainer_command(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches",
-                              "2", processes=2)
-    command[command.index(str(ROOT / "deepfm_train_eval.py"))] = str(script)
-    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    run_trainer(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", "--train_batches", "2",
+                processes=2, script=script)
     everything(tmp_path, "step_2", processes=2)  # with every row
 
 

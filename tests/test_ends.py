@@ -90,8 +90,7 @@ def wait(*_):
 module.train_epoch = wait
 module.main(sys.argv[1:])
 """)
-    command = trainer_command(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save")
-    command[1] = str(script)
+    command = trainer_command(shared_dataset_dir, tmp_path, "--model_save_dir", tmp_path / "save", script=script)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None

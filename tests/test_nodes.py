@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TABLE_SIZES, free_port, metrics_lines, train_here, trainer_command
+from conftest import ROOT, TABLE_SIZES, free_port, metrics_lines, run_trainer, train_here, trainer_command
 
 from tools.trainer import checkpoints
 from tools.trainer.chunks import read_rows
@@ -119,8 +119,7 @@ def test_nodes_with_other_data_are_told_apart(nodes, distinct_dataset_dir, tmp_p
                       f"{str(other)!r}\nimport deepfm_train_eval as module\nmodule.main(sys.argv[1:])\n")
     port, processes = str(free_port()), []
     for number, node in enumerate(nodes):
-        command = trainer_command(link, tmp_path / node[-1])
-        command[1] = str(script)
+        command = trainer_command(link, tmp_path / node[-1], script=script)
         processes.append(subprocess.Popen(
             ["ip", "netns", "exec", node, *command], text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**environment, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": port, "WORLD_SIZE": "2",
@@ -180,11 +179,7 @@ def test_no_process_ends_before_all_have_left_the_barrier(distinct_dataset_dir, 
     """OneFlow aborts a process that is in it when another one is gone."""
     left = tmp_path / "left"
     (tmp_path / "program.py").write_text(LATE.format(root=str(ROOT), left=str(left), late=late))
-    command = trainer_command(distinct_dataset_dir, tmp_path, "--train_batches", "1", processes=2)
-    command[command.index(str(ROOT / "deepfm_train_eval.py"))] = str(tmp_path / "program.py")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_trainer(distinct_dataset_dir, tmp_path, "--train_batches", "1", processes=2, script=tmp_path / "program.py")
     assert left.exists() and not (tmp_path / "left too early").exists()
 
 

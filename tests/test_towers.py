@@ -1,11 +1,9 @@
 """A further tower: it takes a class and another `build_model`, and trains, saves, resumes and loads like the rest."""
 
-import os
 import re
-import subprocess
 
 import numpy as np
-from conftest import ROOT, assert_same, at_the_same_time, metrics_lines, trainer_command
+from conftest import ROOT, assert_same, at_the_same_time, metrics_lines, run_trainer
 
 from tools.trainer import checkpoints
 
@@ -48,13 +46,10 @@ module.main(sys.argv[1:])
 def run(data_dir, work, *options, kill=None):
     work.mkdir(exist_ok=True)
     (work / "program.py").write_text(PROGRAM.format(root=str(ROOT), kill=kill))
-    command = trainer_command(data_dir, work, "--model_save_dir", work / "save", "--train_batches", "14",
-                              "--checkpoint_interval", "2", *options)
-    command[1] = str(work / "program.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert result.returncode == (-9 if kill else 0), result.stdout + result.stderr
-    return result.stdout
+    output, _ = run_trainer(data_dir, work, "--model_save_dir", work / "save", "--train_batches", "14",
+                            "--checkpoint_interval", "2", *options, status=-9 if kill else 0,
+                            script=work / "program.py")
+    return output
 
 
 def dense(work, checkpoint):

@@ -819,7 +819,8 @@ class Trainer(Progress):
             parameter.grad = None  # a gradient of the earlier graph cannot be part of the new one
         args, done = self.args, 0
         if TRAIN_STEP in self.optimizer_state:  # also those before --model_load_dir, which are not of this run
-            done = int(tensors.to_numpy(self.optimizer_state[TRAIN_STEP]).item())
+            counted = tensors.to_numpy(self.optimizer_state[TRAIN_STEP])  # a graph keeps it on the first process only
+            done = from_rank0(lambda: int(counted.item()))
         warm_up = WarmUp(args.warmup_batches, done - self.step) if self.step < args.warmup_batches else None
         self.train_graph = TrainGraph(
             self.model.train(), self.device, weighted=args.weight_column is not None, optimizer=args.optimizer,
@@ -1173,10 +1174,10 @@ def run(args):
     check_same_data(dataset, args.data_dir)
     if args.eval_only:
         trainer, _ = open_checkpoint(args, args.model_load_dir, dataset)
-        run_log.describe(trainer)
-        epoch = trained_epoch(from_rank0(checkpoints.read_checkpoint, args.model_load_dir)["progress"])
+        state = from_rank0(checkpoints.read_checkpoint, args.model_load_dir)
+        run_log.describe(trainer, trained_with=state["run"])
         for split in ("val", "test"):
-            trainer.evaluate(split, epoch)
+            trainer.evaluate(split, trained_epoch(state["progress"]))
         return None
     with ExitStack() as held:
         hold_paths([getattr(args, option) for option in TABLES.values()], held)

@@ -889,6 +889,33 @@ def test_second_run_with_the_same_tables_is_refused(fails, run_here, shared_data
     run_here(*options)
 
 
+def test_another_way_from_an_earlier_checkpoint_keeps_its_own_rows(shared_dataset_dir, tmp_path):
+    """Not those of a checkpoint of the same step that the run had made before, and somebody moved."""
+    options = ["--eval_interval", "3", "--min_delta", "1", "--patience", "1", "--keep_checkpoints", "9",
+               "--early_stop_patience", "0", "--model_save_dir"]
+    for name, steps in (("there", 9), ("new", 3)):
+        work = tmp_path / name
+        train_here(shared_dataset_dir, work, *options, work / "save", "--train_batches", steps)
+        for step in (6, 9):
+            shutil.rmtree(work / "save" / f"step_{step}", ignore_errors=True)
+        train_here(shared_dataset_dir, work, *options, work / "save", "--train_batches", "9", "--resume", "--lr_factor",
+                   "0.9")
+    assert_same(everything(tmp_path / "there", "step_9"), everything(tmp_path / "new", "step_9"))
+
+
+def test_a_model_with_batch_norm_is_not_for_the_fused_mlp(finished, tmp_path):
+    folder = copy_of(finished[0], tmp_path) / "save" / "best_checkpoint"
+    args = trainer_module.parse_args(["--eval_only", "--model_load_dir", str(folder), "--data_dir", "x", "--device",
+                                      "cpu"])
+    args.disable_fusedmlp = False  # as on CUDA
+    trainer_module.adopt_model(args, str(folder))
+    state = json.loads((folder / "state.json").read_text())
+    state["model"]["batch_norm"] = True
+    (folder / "state.json").write_text(json.dumps({**state, "digest": checkpoints.digest(state)}))
+    with pytest.raises(UserError, match="has batch normalisation, which the fused MLP has not"):
+        trainer_module.adopt_model(args, str(folder))
+
+
 def test_resume_after_checkpoints_were_moved_keeps_the_rows(run_here, fails, finished, shared_dataset_dir, tmp_path):
     work = copy_of(finished[0], tmp_path)
     names = [path.parent.name for path in (work / "save").glob("*/state.json")]

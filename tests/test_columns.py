@@ -137,6 +137,12 @@ def edited(source, folder, change, split="val"):
     return folder
 
 
+def test_a_column_that_petastorm_cannot_read_is_named(weighted_dataset_dir, tmp_path):
+    folder = edited(weighted_dataset_dir, tmp_path / "data", lambda rows: rows.rename(columns={"w": "a b"}), "train")
+    with pytest.raises(UserError, match=r"petastorm cannot read the columns a b \(1\); rename them"):
+        read_dataset(str(folder), weight_column="a b")
+
+
 def weight(value, row=7):
     def change(rows):
         rows.loc[row, "w"] = value
@@ -155,7 +161,7 @@ def weight(value, row=7):
      r"--weight_column w is of type timestamp\[.*\] in .*, expected signed integers, floats or text that is a number"),
     ({"weight_column": "f0"}, None, "--weight_column f0 is a field; name a column of weights"),
     ({"weight_column": "Label"}, None, "--weight_column Label is the label; name a column of weights"),
-    ({"weight_column": "a b"}, None, r"petastorm cannot read the columns a b \(1\); rename them"),
+    ({"weight_column": "a b"}, None, "--weight_column a b is not a column of .*; its columns are"),
     ({"weight_column": "w"}, weight(-0.5), "--weight_column w of the val split has the weight -0.5, expected finite"),
     ({"weight_column": "w"}, weight(np.inf), "of the val split has the weight inf, expected finite"),
     ({"weight_column": "w"}, weight(1e39), "of the val split has the weight inf, expected finite"),
@@ -249,6 +255,11 @@ def test_evaluation_of_a_checkpoint_knows_the_columns(run_here, weighted_dataset
     plain = run_here(weighted_dataset_dir, work, *options)
     assert metrics_lines(scored, "test") == metrics_lines(output, "test") != metrics_lines(plain, "test")
     assert "GAUC" not in plain and "pCTR/CTR" in plain
+    note = "All rows count alike; the run that trained this had --weight_column w\n"
+    assert note in plain and note not in scored + output
+    by_field = run_here(weighted_dataset_dir, work, *options, "--group_column", "f2")
+    note = "GAUC by the field f2: all its values outside the vocabulary are one group"
+    assert note in by_field and note not in scored + plain
 
 
 def test_two_processes_equal_one(weighted_dataset_dir, tmp_path):

@@ -133,7 +133,8 @@ def test_bars_are_sorted_and_equal_to_the_table():
     changes = np.array([[[0.1, 0.3], [0.3, 0.5]], [[0.5, 0.2], [0.5, 0.2]], [[-0.1, 0.0], [-0.1, 0.0]]])
     rows = field_importance.sort_fields(["a", "b", "c"], changes)
     assert [row[0] for row in rows] == ["b", "a", "c"]
-    assert rows[1][1:] == pytest.approx((0.2, 0.1, 0.4, 0.1))
+    assert rows[1][1:] == pytest.approx((0.2, 0.02**0.5, 0.4, 0.02**0.5))  # n - 1
+    assert field_importance.sort_fields(["a"], changes[:1, :1]) == [("a", 0.1, 0, 0.3, 0)]  # of one repeat
     figure = field_importance.draw(rows, "title")
     widths = [[bar.get_width() for bar in axes.patches] for axes in figure.axes]
     assert widths == [pytest.approx([0.5, 0.2, -0.1]), pytest.approx([0.2, 0.4, 0.0])]

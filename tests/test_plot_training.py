@@ -282,7 +282,8 @@ def test_predictions_as_csv_and_with_weights(tmp_path):
 
 
 @pytest.mark.parametrize("columns, message", [
-    ({"probability": [0.5]}, "lacks the column Label, it has probability (1); predict with --keep_columns Label"),
+    ({"probability": [0.5]}, "lacks the column Label, it has probability (1); predict with --keep_columns Label (of "
+                             "raw rows the label has its own name: rename its column to Label)"),
     ({"Label": [1], "p": [0.5]}, "lacks the column probability, it has Label, p (2)"),
     ({"probability": [0.5, 1.5], "Label": [0, 1]}, "row 2: probability is 1.5, expected from 0 to 1"),
     ({"probability": [None, 0.5], "Label": [0, 1]}, "row 1: probability is nan, expected from 0 to 1"),

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -283,13 +284,14 @@ def test_encoder_is_a_value(tables, dataset, tmp_path):
 
 def test_unlabelled_rows_and_unknown_values(tables, dataset, tmp_path, capsys):
     cells = {name: texts for name, texts in tables[0]["test"].items() if name not in ("clicked", "request")}
-    cells["user_id"][:13] = ["nobody"] * 13
+    cells["user_id"][:13], cells["tags"][0] = ["nobody"] * 13, "nothing known"
     write_csv(tmp_path / "new.csv", {"more": ["x"] * 130, **cells})
     assert encode(dataset, tmp_path / "new.csv", tmp_path / "out", "--keep", "more,user_id") == 0
     shown = capsys.readouterr().out
     known = set(pq.read_table(dataset / "vocabulary" / "user_id.parquet")["token"].to_pylist())
     count = sum(user not in known for user in cells["user_id"])
     assert count >= 13 and f"unknown values, by field: user_id {count} ({100 * count / 130:.2f} %), item " in shown
+    assert re.search(r" tags \d+, ", shown)  # no share: lists may be of any length
     assert "130 rows without labels" in shown
     table = pq.read_table(tmp_path / "out")
     assert_ids(table, plain_ids(dataset, cells))
@@ -443,6 +445,17 @@ def test_growth_proves_itself(dataset, tmp_path):
     (tmp_path / "d2" / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="field title is not encoded as its fingerprint says"):
         Encoder.load(tmp_path / "d2")
+
+
+def test_lists_of_one_value_are_noticed(tmp_path, capsys):
+    """A wrong separator makes a token of every whole cell."""
+    lines = [f"{row % 2},a;b,c|d" for row in range(200)]
+    (tmp_path / "x.csv").write_text("\n".join(["y,one,two", *lines]) + "\n")
+    options = ["--input", tmp_path / "x.csv", "--label", "y", "--list", "one,two"]
+    assert run(tmp_path / "d", *options) == 0
+    assert "no train row has more than one value of one (1); is that right, or " in capsys.readouterr().out
+    assert run(tmp_path / "d2", *options, "--list_separator", ";") == 0
+    assert "no train row has more than one value of two (1)" in capsys.readouterr().out
 
 
 def test_base_takes_no_columns(dataset, tmp_path, capsys):

@@ -185,10 +185,13 @@ def assert_close(first, second):
 
 @pytest.mark.parametrize("options", [[], ["--batch_norm", "--embedding_l2", "0.01", "--max_grad_norm", "1"]])
 def test_two_processes_equal_one(distinct_dataset_dir, tmp_path, options):
-    (one, _), (two, _) = (
-        train_and_read(distinct_dataset_dir, tmp_path / name, "--train_batches", "12", *options, train=train)
+    """Also behind a cut of the learning rate, which makes a new graph."""
+    cut = ["--eval_interval", "4", "--min_delta", "1", "--patience", "1"]
+    (one, _), (two, (output, _)) = (
+        train_and_read(distinct_dataset_dir, tmp_path / name, "--train_batches", "12", *cut, *options, train=train)
         for name, train in (("1", train_here), ("2", partial(run_trainer, processes=2))))
     assert_close(one, two)
+    assert "learning rate 0.01 -> 0.001" in output
 
 
 def test_the_blas_of_choice_gives_the_same_results(distinct_dataset_dir, tmp_path, monkeypatch):

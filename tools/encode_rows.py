@@ -71,9 +71,9 @@ def encode_rows(args):
         files = {path.name: digest_of(path) for path in parquet_files(folder)}
         content = info.rows_info(encoder.info, num_samples, digests, label, carried, made, counts, files)
         info.write_rows_info(folder, content)
-    values = source.num_rows * np.array([len(field.columns) for field in encoder.fields])
-    shown = [f"{field.name} {count}" + (f" ({100 * count / total:.2f} %)" if count else "")
-             for field, count, total in zip(encoder.fields, unknown, values)]
+    shown = [f"{field.name} {count}" + (f" ({100 * count / source.num_rows:.2f} %)"
+                                        if count and len(field.columns) == 1 else "")  # a list may be of any length
+             for field, count in zip(encoder.fields, unknown)]
     print(f"unknown values, by field: {', '.join(shown)}")
     print(f"wrote {args.output_dir}: {source.num_rows} rows with{'' if labelled else 'out'} labels, "
           f"{len(encoder.fields)} fields")

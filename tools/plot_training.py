@@ -378,7 +378,8 @@ def check_columns(path, found, names):
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}, it has {cli.brief(cli.shorten(found), 200)}; predict "
-                        f"with --keep_columns {LABEL}, or name the columns {PROBABILITY} and {LABEL}")
+                        f"with --keep_columns {LABEL} (of raw rows the label has its own name: rename its column to "
+                        f"{LABEL})")
 
 
 def check_values(path, probs, labels, weights, weight_column):

@@ -24,11 +24,13 @@ comma stands in double quotes: --drop '"a,b",c'. The index that pandas writes ha
                     vocabulary as above. With --numeric_bins, of one of so many bins that hold about equally many train
                     rows (fewer where values repeat). Missing numbers have an id of their own.
     --list          several texts a row: a list column of parquet, or a text with a --list_separator. The first
-                    --list_length of them become columns that share one table; absent ones are padding (id 0).
+                    --list_length of them become columns that share one table; absent ones are padding (id 0). The
+                    model takes the mean of the others' embeddings, and the sum of their first-order weights.
 
 How the rows fall into splits: by inputs (--input is train; --val_input, --test_input), by chance (--val_share,
 --test_share, --seed), by time (--split_by, --val_from, --test_from) or by group (--split_by_group user_id: all rows of
-a user are in one split).
+a user are in one split). What is kept of text files stays text, which --weight_column and --group_column can read; a
+column that is a feature too is kept as raw_NAME.
 
 dataset_info.json and vocabulary/ describe the encoding, so that tools/encode_rows.py encodes new rows alike.
 
@@ -37,7 +39,7 @@ dataset_info.json and vocabulary/ describe the encoding, so that tools/encode_ro
 grows a dataset: label, fields and format are those of --base, every token keeps its id, and tokens that have now been
 seen often enough over all days are appended. The counts of rarer ones are kept for that in
 vocabulary/FIELD.rare.parquet (the 1,048,576 most frequent of each field). Out-of-vocabulary stays the last id. Bins
-keep their borders.
+keep their borders. How the rows fall into splits is not of --base: say it again, or it is by chance.
 """
 
 import argparse

@@ -10,7 +10,8 @@ from tools.converter import arrow_engine, info, publish, spark_engine
 from tools.converter.encoders import LARGEST_TABLE, vocabulary_file
 from tools.converter.raw import format_again, kept_type
 from tools.converter.rows import RowMaker
-from tools.trainer.cli import LARGEST, UserError, number
+from tools.trainer.cli import LARGEST, UserError, number, shorten
+from tools.trainer.dataset import Split
 from tools.trainer.dataset_info import SPLITS, digests_of
 from tools.trainer.places import is_url
 
@@ -94,10 +95,20 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
         content = info.dataset_info(fields, num_rows, raw, made, list(carried), digests,
                                     info.grown(base.info) if base is not None else (), digests_of(folder))
         info.write_info(folder, content, show=args.export_dataset_info)
+        single = lists_of_one(folder / "train", content["fields"])
     rows = ", ".join(f"{num_rows[split]} {split}" for split in SPLITS)
     ids = sum(field.table_size for field in fields)
     print(f"wrote {args.output_dir}: {rows} rows, {len(fields)} fields, {ids} ids")
+    if single:
+        print(f"no train row has more than one value of {shorten(single)}; is that right, or --list_separator wrong?")
     return content
+
+
+def lists_of_one(folder, fields):
+    """Names of the fields of lists that have one value at most in each row of a split; fields: of dataset_info.json."""
+    split = Split(folder, folder.name)
+    return [field["name"] for field in fields if len(field.get("columns") or []) > 1
+            and split.column_range(field["columns"][1]) == (field["offset"], field["offset"])]
 
 
 def inputs_of(args):

@@ -217,6 +217,9 @@ def adopt_model(args, folder, parser, options, tables):
             raise UserError(f"{folder} has no table {name}; it is the checkpoint of another model")
         if getattr(args, option) is None:
             setattr(args, option, table_path(folder, state["tables"][name]))
+    if args.batch_norm and not args.disable_fusedmlp:
+        raise UserError(f"{folder} has batch normalisation, which the fused MLP has not; leave out "
+                        "--disable_fusedmlp False")
     return state
 
 
@@ -302,10 +305,11 @@ class Checkpointer:
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
         self.keep, self.appends, self.saves_all, self.checksums = keep, appends, saves_all, checksums
         self.encoder_files = {}
+        self.known = set()  # names of the snapshots that this process made
 
     def save(self, trainer, names):
         """Save the state as one snapshot of each table and one checkpoint folder per name."""
-        snapshot = f"{self.run_id}-step_{trainer.step}"
+        snapshot = self.snapshot_of(trainer.step)
         dense = trainer.dense_tensors()
         missing = [store for store in self.stores if not self.has(store, snapshot)]
         all_agree(self.check_space, missing if self.saves_all else [], dense, len(names))
@@ -315,6 +319,19 @@ class Checkpointer:
         self.explain_failure(on_rank0, self.write, names, {**trainer.state(), "tables": tables}, dense)
         if missing or not self.appends:  # else there may be rows in chunks that no snapshot has: evaluations append too
             self.prune()
+
+    def snapshot_of(self, step):
+        """Name of the snapshot of a step: the one that this process made, or a new one.
+
+        A run that goes on from an earlier checkpoint comes to steps of which there may be snapshots of other rows,
+        those of checkpoints that somebody moved.
+        """
+        name, number = f"{self.run_id}-step_{step}", 1
+        while name not in self.known and sum_over_processes(any(name in store.snapshots() for store in self.stores)):
+            number += 1
+            name = f"{self.run_id}-step_{step}-{number}"
+        self.known.add(name)
+        return name
 
     def has(self, store, snapshot):
         """Whether every process has a snapshot already."""

@@ -266,7 +266,7 @@ def find_fields(info, splits, data_dir, others):
                             f"{shorten(splits['train'].columns)}; not in both: {shorten(different)}")
     if not fields:
         raise UserError(f"{splits['train'].files[0]} has no column but {LABEL}; convert the data again")
-    unusable = [name for name in (*wanted, *filter(None, others)) if not is_readable(name)]
+    unusable = [name for name in (*wanted, *others & set(splits["train"].columns)) if not is_readable(name)]
     if unusable:
         raise UserError(f"petastorm cannot read the columns {shorten(unusable)}; rename them in {data_dir}: "
                         "letters, digits, underscores; no digit or underscore first, no Python keyword")

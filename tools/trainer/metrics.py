@@ -89,12 +89,12 @@ def gauc(scores):
     """Mean of the groups' AUC, weighted by their impressions; groups with labels of one class only are left out.
 
     As in the DIN paper (arXiv:1706.06978, section 6.3), FuxiCTR (`gAUC`, fuxictr/metrics.py) and EasyRec (`gauc` with
-    mean_by_sample_num, easy_rec/python/core/metrics.py). NaN when no group has both classes, None without groups.
+    mean_by_sample_num, easy_rec/python/core/metrics.py). None without groups, or when none of them has both classes.
     """
     if scores.groups is None:
         return None
     values, impressions = aucs(scores, scores.groups)
-    return float(np.average(values, weights=impressions)) if len(values) else float("nan")
+    return float(np.average(values, weights=impressions)) if len(values) else None
 
 
 def left_out(scores):

@@ -215,8 +215,8 @@ def host_memory():
     return psutil.Process().memory_info().rss >> 20
 
 
-def describe(trainer):
-    """Print a few lines on what will run."""
+def describe(trainer, trained_with=None):
+    """Print a few lines on what will run; trained_with: options of the run whose checkpoint is evaluated."""
     args, dataset = trainer.args, trainer.dataset
     threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "all"
     print_rank0(f"OneFlow {flow.__version__}, device {args.device}, {counted(world_size(), 'process')}, "
@@ -226,6 +226,12 @@ def describe(trainer):
         counts = ", ".join(f"{name} {split.num_rows}" for name, split in dataset.splits.items())
         print_rank0(f"Data {args.data_dir}: {len(dataset.fields)} fields, rows {counts}, "
                     f"{trainer.steps_per_epoch} batches of {args.batch_size} per epoch")
+    weights = (trained_with or {}).get("weight_column")
+    if weights and args.weight_column is None:
+        print_rank0(f"All rows count alike; the run that trained this had --weight_column {weights}")
+    if args.group_column in dataset.columns:
+        print_rank0(f"GAUC by the field {args.group_column}: all its values outside the vocabulary are one group; the "
+                    "raw column, kept by the converter (--keep), tells them apart")
     if args.negative_sampling_rate < 1:
         print_rank0("Predictions are corrected for a train split with a share of "
                     f"{args.negative_sampling_rate:g} of the rows with label 0")

@@ -114,8 +114,10 @@ def test_arrow_reads_local_files_by_itself(tmp_path):
     with places.parquet_file(path) as file:
         assert file.metadata.num_rows == 2
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file"):
-        places.arrow_file(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(OSError, match="not a regular file") as raised:
+            places.arrow_file(tmp_path / name)
+        assert raised.value.filename == str(tmp_path / name)
 
 
 def test_parts_of_a_url():

@@ -41,16 +41,16 @@ def is_url(path):
 def open_regular(path):
     """Open a file of any place to read bytes.
 
-    Raises: OSError, also for a pipe or a device, which could keep its reader waiting.
+    Raises: OSError, also for a folder, and for a pipe or a device, which could keep its reader waiting.
     """
     path = as_place(path)
     if isinstance(path, Remote):
         return path.open("rb")
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 - for the caller to close
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+    return open(descriptor, "rb")  # noqa: SIM115 - for the caller to close
 
 
 def arrow_file(path):

@@ -305,7 +305,7 @@ class Checkpointer:
         self.save_dir, self.stores, self.run_id = save_dir, stores, run_id
         self.keep, self.appends, self.saves_all, self.checksums = keep, appends, saves_all, checksums
         self.encoder_files = {}
-        self.known = set()  # names of the snapshots that this process made
+        self.known = set()  # names of the snapshots that this process made or loaded
 
     def save(self, trainer, names):
         """Save the state as one snapshot of each table and one checkpoint folder per name."""
@@ -321,7 +321,7 @@ class Checkpointer:
             self.prune()
 
     def snapshot_of(self, step):
-        """Name of the snapshot of a step: the one that this process made, or a new one.
+        """Name of the snapshot of a step: the one that this process made or loaded, or a new one.
 
         A run that goes on from an earlier checkpoint comes to steps of which there may be snapshots of other rows,
         those of checkpoints that somebody moved.
@@ -454,6 +454,7 @@ class Checkpointer:
             saved = state["tables"][store.name]
             blocks = rows_of(self.holder(store, saved, folder, growth), saved, growth)
             trainer.load_rows(store, name_here(saved, growth), blocks, to_train)
+            self.known.add(saved["snapshot"])
         trainer.step = state["progress"]["step"]
 
 

@@ -336,7 +336,7 @@ def test_the_real_trainer_is_interrupted_and_resumed(shared_dataset_dir, capsys)
     trainer = trainer_command(shared_dataset_dir, "unused")
     settings = [argument for option, argument in zip(trainer[2::2], trainer[3::2])
                 if option not in ("--persistent_path", "--persistent_path_fm") for argument in (option, argument)]
-    arguments = ["--output_dir", "out", "--seeds", "1,2", "--keep", "none", "--", *settings, "--train_batches", "70",
+    arguments = ["--output_dir", "out", "--seeds", "1,2", "--keep", "none", "--", *settings, "--train_batches", "140",
                  "--early_stop_patience", "0", "--patience", "10"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "sweep.py"), *arguments], env=environment,
@@ -353,5 +353,5 @@ def test_the_real_trainer_is_interrupted_and_resumed(shared_dataset_dir, capsys)
     blocks = capsys.readouterr().out.split("\n\n")
     rows = [line.split() for line in [block for block in blocks if block.startswith("run ")][-1].splitlines()]
     assert [row[0] for row in rows] == ["run", "seed_1", "seed_2"]
-    assert [row[rows[0].index("steps")] for row in rows[1:]] == ["70", "70"]
+    assert [row[rows[0].index("steps")] for row in rows[1:]] == ["140", "140"]
     assert sorted(os.listdir("out/seed_1")) == ["logs", "output.log"]

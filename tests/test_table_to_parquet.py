@@ -453,7 +453,7 @@ def test_lists_of_one_value_are_noticed(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("\n".join(["y,one,two", *lines]) + "\n")
     options = ["--input", tmp_path / "x.csv", "--label", "y", "--list", "one,two"]
     assert run(tmp_path / "d", *options) == 0
-    assert "no train row has more than one value of one (1); is that right, or " in capsys.readouterr().out
+    assert "no train row has more than one value of one (1); if some should, give " in capsys.readouterr().out
     assert run(tmp_path / "d2", *options, "--list_separator", ";") == 0
     assert "no train row has more than one value of two (1)" in capsys.readouterr().out
 

@@ -100,15 +100,16 @@ def make_dataset(args, open_source, fields, label, carried, describe, base=None)
     ids = sum(field.table_size for field in fields)
     print(f"wrote {args.output_dir}: {rows} rows, {len(fields)} fields, {ids} ids")
     if single:
-        print(f"no train row has more than one value of {shorten(single)}; is that right, or --list_separator wrong?")
+        print(f"no train row has more than one value of {shorten(single)}; if some should, give their --list_separator")
     return content
 
 
 def lists_of_one(folder, fields):
     """Names of the fields of lists that have one value at most in each row of a split; fields: of dataset_info.json."""
-    split = Split(folder, folder.name)
-    return [field["name"] for field in fields if len(field.get("columns") or []) > 1
-            and split.column_range(field["columns"][1]) == (field["offset"], field["offset"])]
+    lists = [field for field in fields if len(field.get("columns") or []) > 1]
+    split = Split(folder, folder.name) if lists else None
+    return [field["name"] for field in lists
+            if split.column_range(field["columns"][1]) == (field["offset"], field["offset"])]
 
 
 def inputs_of(args):
